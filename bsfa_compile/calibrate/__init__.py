@@ -1,0 +1,29 @@
+"""Calibration: watch attention, remember integers, solve thresholds for any target."""
+
+from bsfa_compile.calibrate.calibration import Calibration
+from bsfa_compile.calibrate.data import Samples, device_of, move, samples
+from bsfa_compile.calibrate.fingerprint import Fingerprint, fingerprint
+from bsfa_compile.calibrate.observer import Observer
+from bsfa_compile.calibrate.predict import Prediction
+from bsfa_compile.calibrate.solve import Budget, Sparsity, Target, TopK
+from bsfa_compile.calibrate.statistics import SiteStatistics
+from bsfa_compile.calibrate.thresholds import Thresholds, check
+
+__all__ = [
+    "Budget",
+    "Calibration",
+    "Fingerprint",
+    "Observer",
+    "Prediction",
+    "Samples",
+    "SiteStatistics",
+    "Sparsity",
+    "Target",
+    "Thresholds",
+    "TopK",
+    "check",
+    "device_of",
+    "fingerprint",
+    "move",
+    "samples",
+]

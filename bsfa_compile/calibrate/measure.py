@@ -1,0 +1,222 @@
+"""One attention call -> the statistics of its tiles, streamed over heads and q blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bsfa_compile.calibrate.statistics import GATES, SiteStatistics
+from bsfa_compile.ops.gate import (
+    block_statistic,
+    block_visible,
+    candidates,
+    raw_scores,
+    row_votes,
+    score_dtype,
+    tile_row_max,
+)
+from bsfa_compile.ops.tiles import Geometry, unpadded_tiles
+
+# Scores held at a time: few enough for the caches of a CPU, enough to keep its threads, or a
+# GPU, at work between two launches. One head of one q block is the least.
+_SCORES_CPU = 2**23
+_SCORES_DEVICE = 2**26
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One batch row without its outer padding: q [1, H, Lq, D], k [1, Hkv, Lk, D].
+
+    mask [1, Lk] on the CPU, None if no padding is left; `geometry` counts positions from the
+    first key that is left.
+    """
+
+    q: Tensor
+    k: Tensor
+    mask: Tensor | None
+    geometry: Geometry
+
+    @property
+    def length(self) -> int:
+        """Tokens the last query row can look at."""
+        g = self.geometry
+        keys = min(g.k_len, g.q_start + g.q_len) if g.is_causal else g.k_len
+        return keys if self.mask is None else int(self.mask[0, :keys].sum())
+
+
+def measure(
+    q: Tensor,
+    k: Tensor,
+    geometry: Geometry,
+    *,
+    key_padding_mask: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    into: SiteStatistics,
+) -> int:
+    """Add every candidate tile of a call to `into`: q [B, H, Lq, D], k [B, Hkv, Lk, D].
+
+    key_padding_mask bool [B, Lk], True for a real key. Each batch row is a sample of its own,
+    computed alone and without its padding, so a batch gives exactly the integers its samples
+    give one by one (left padding by whole tiles; else its tiles are cut elsewhere).
+    """
+    mask = None if key_padding_mask is None else key_padding_mask.bool().cpu()
+    added = 0
+    for b in range(q.shape[0]):
+        row = None if mask is None else mask[b if mask.shape[0] > 1 else 0]
+        sample = unpad(q[b : b + 1], k[b : b + 1], row, geometry)
+        if sample is not None:
+            added += _measure_sample(sample, softcap=softcap, scale=scale, into=into)
+    return added
+
+
+def unpad(q: Tensor, k: Tensor, mask: Tensor | None, geometry: Geometry) -> Sample | None:
+    """Cut off keys and rows that are outer padding; None if no query row or key is left.
+
+    mask bool [Lk]. The left end is cut in whole tiles of both axes, so that no tile moves. A
+    causal row whose own position is a padded key is padding too; other rows all stay.
+    """
+    g = geometry
+    lo, hi, row0, row1 = 0, g.k_len, 0, g.q_len
+    if g.is_causal:
+        hi = min(hi, g.q_start + g.q_len)
+    if mask is not None:
+        keys = mask[:hi].nonzero()[:, 0]
+        if len(keys) == 0:
+            return None
+        first, stop = int(keys[0]), int(keys[-1]) + 1
+        if g.is_causal or g.window is None:
+            tile = math.lcm(g.block_q, g.block_k)
+            lo = first // tile * tile
+        if not g.is_causal or g.q_start + g.q_len <= g.k_len:
+            hi = stop
+            row1 = min(row1, hi - g.q_start) if g.is_causal else row1
+        if g.is_causal:
+            row0 = max(lo - g.q_start, 0)
+    if row0 >= row1 or lo >= hi:
+        return None
+    kept_mask = None if mask is None or bool(mask[lo:hi].all()) else mask[None, lo:hi]
+    start = max(g.q_start - lo, 0) if g.is_causal else g.q_start
+    cut = replace(g, q_len=row1 - row0, k_len=hi - lo, q_start=start)
+    return Sample(q=q[:, :, row0:row1], k=k[:, :, lo:hi], mask=kept_mask, geometry=cut)
+
+
+def _measure_sample(
+    sample: Sample, *, softcap: float | None, scale: float, into: SiteStatistics
+) -> bool:
+    g, mask = sample.geometry, sample.mask
+    bounds = unpadded_tiles(mask, 1, g.k_len, g.block_k)
+    rows = 0
+    columns: dict[int, Tensor] = {}  # q block of the call -> its candidates [C] among its tiles
+    for i in range(g.q_blocks):
+        start, stop = g.rows(i)
+        votes = row_votes(g, i, mask)
+        voting = stop - start if votes is None else int(votes.sum())
+        if voting:
+            rows += voting
+            columns[i] = candidates(g, i, bounds, mask)[1][0].nonzero()[:, 0]
+    if rows < 2:
+        return False
+    found = {g.first_block + i: len(tiles) for i, tiles in columns.items()}
+    into.add_sample(length=sample.length, rows=rows, blocks=found)
+    k = sample.k.to(score_dtype(sample.q)).contiguous()
+    for i, tiles in columns.items():
+        if len(tiles) == 0:
+            continue
+        seen = _Visible(g, i, mask, sample.q.device)
+        parts = [
+            _tiles_of(
+                sample.q[:, heads],
+                k[:, kv_heads],
+                seen,
+                bounds=bounds,
+                scale=scale,
+                softcap=softcap,
+            )
+            for heads, kv_heads in _head_ranges(sample, seen.scores)
+        ]
+        index = tiles.to(sample.q.device)
+        statistic = torch.cat([part[0] for part in parts], dim=1)[:, :, index]
+        mass = torch.cat([part[1] for part in parts])[:, index]
+        into.add_tiles(g.first_block + i, statistic, mass)
+    return True
+
+
+def _head_ranges(sample: Sample, scores_per_head: int) -> Iterator[tuple[slice, slice]]:
+    """Ranges (q heads, kv heads) whose scores of one q block fit the budget."""
+    heads, kv_heads = sample.q.shape[1], sample.k.shape[1]
+    group = heads // kv_heads
+    budget = _SCORES_CPU if sample.q.device.type == "cpu" else _SCORES_DEVICE
+    fit = max(1, budget // max(1, scores_per_head))
+    step = fit // group * group if fit >= group else fit
+    for kv in range(0, kv_heads, max(1, step // group)):
+        stop = min(kv_heads, kv + max(1, step // group))
+        for h in range(kv * group, stop * group, step):
+            yield slice(h, min(h + step, stop * group)), slice(kv, stop)
+
+
+class _Visible:
+    """What the mask hides of mask row `i`, built once for all heads: few columns, most often."""
+
+    def __init__(self, g: Geometry, i: int, mask: Tensor | None, device: torch.device) -> None:
+        self.geometry, self.i = g, i
+        self.first, stop = (tile * g.block_k for tile in g.tiles(i))
+        row0, row1 = g.rows(i)
+        self.rows = slice(row0, row1)
+        self.keys = slice(self.first, min(stop, g.k_len))
+        self.missing = stop - self.keys.stop  # columns past the last key
+        self.scores = (row1 - row0) * (stop - self.first)
+        on_device = torch.ones(1, g.k_len, dtype=torch.bool) if mask is None else mask
+        hidden = ~block_visible(g, i, on_device.to(device))
+        columns = hidden.flatten(0, -2).any(dim=0).nonzero()[:, 0]
+        first, last = (int(columns[0]), int(columns[-1])) if len(columns) else (0, -1)
+        self.columns = slice(first, last + 1)
+        self.hidden = hidden[:, None, :, self.columns]
+        votes = row_votes(g, i, mask)
+        self.votes = None if votes is None else votes.to(device)
+
+
+def _tiles_of(
+    q: Tensor,
+    k: Tensor,
+    seen: _Visible,
+    *,
+    bounds: list[tuple[int, int]],
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Statistics [2, H, T] (axis 0: `GATES`) and softmax mass [H, T] of the tiles of a block."""
+    g = seen.geometry
+    s = raw_scores(q[:, :, seen.rows], k[:, :, seen.keys], scale, softcap)
+    if seen.missing:
+        s = torch.nn.functional.pad(s, (0, seen.missing))
+    s[..., seen.columns].masked_fill_(seen.hidden, -torch.inf)
+    row_max = tile_row_max(s, g.block_k)
+    statistic = [
+        block_statistic(row_max, g, seen.i, gate=gate, bounds=bounds, votes=seen.votes)
+        for gate in GATES
+    ]
+    return torch.cat(statistic), _tile_mass(s, row_max, g, seen.votes)
+
+
+def _tile_mass(s: Tensor, row_max: Tensor, g: Geometry, votes: Tensor | None) -> Tensor:
+    """Softmax mass [H, T] of each tile, summed over the rows that vote. Overwrites `s`.
+
+    s [1, H, R, T * block_k], row_max [1, H, R, T]; a row whose scores hold a NaN counts as lost
+    in every tile, so that no threshold is built on it.
+    """
+    if votes is not None:
+        s.masked_fill_(~votes[:, None, :, None], -torch.inf)
+        row_max = row_max.masked_fill(~votes[:, None, :, None], -torch.inf)
+    peak = row_max.amax(dim=3, keepdim=True)
+    weights = s.sub_(peak.masked_fill(peak == -torch.inf, 0.0)).exp_()
+    total = weights.sum(dim=3)
+    share = total.reciprocal().masked_fill_(total == 0, 0.0)
+    columns: Tensor = (share[:, :, None] @ weights)[0, :, 0]
+    mass = columns.unflatten(1, (-1, g.block_k)).sum(dim=2)
+    lost: Tensor = mass.nan_to_num(nan=float(s.shape[2]))
+    return lost
