@@ -66,7 +66,7 @@ class Geometry:
     def rows(self, i: int) -> tuple[int, int]:
         """Query rows [start, stop) of this call that lie in mask row `i`; empty if none."""
         lo = (self.first_block + i) * self.block_q - self.q_start
-        return max(lo, 0), max(min(lo + self.block_q, self.q_len), max(lo, 0))
+        return max(lo, 0), max(min(lo + self.block_q, self.q_len), lo, 0)
 
     def keys(self, i: int) -> tuple[int, int]:
         """Keys [start, stop) that causality and window leave to any row of mask row `i`."""
@@ -108,6 +108,19 @@ class Geometry:
             return True
         return not self.is_causal and key_high >= low + self.window
 
+    def droppable(self, i: int, first_tile: int = 0, stop_tile: int = 2**31) -> tuple[int, int]:
+        """Tiles [start, stop) of mask row `i` that `always_kept` does not name: one run."""
+        low = (self.first_block + i) * self.block_q
+        tile0, tile1 = self.tiles(i)
+        lo, hi = max(tile0, first_tile + self.sink_tiles), min(tile1, stop_tile) - 1
+        if self.is_causal:
+            hi = min(hi, (low + 1) // self.block_k)
+        if self.window is not None:
+            lo = max(lo, (low + self.block_q - 1 - self.window) // self.block_k + 1)
+            if not self.is_causal:
+                hi = min(hi, (low + self.window) // self.block_k)
+        return lo, max(lo, hi)
+
     def visible(self, i: int, device: torch.device | None = None) -> Tensor | None:
         """What causality and window leave of mask row `i`: bool [rows, keys], None for all."""
         (start, stop), (lo, hi) = self.rows(i), self.keys(i)
@@ -137,7 +150,9 @@ def unpadded_tiles(
     bounds = []
     for row in key_padding_mask.bool():
         keys = row.nonzero()
-        bounds.append((int(keys[0]) // block_k, int(keys[-1]) // block_k + 1) if len(keys) else (0, 0))
+        bounds.append(
+            (int(keys[0]) // block_k, int(keys[-1]) // block_k + 1) if len(keys) else (0, 0)
+        )
     return bounds
 
 
