@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -146,6 +147,13 @@ class Calibration:
         OSError for one that cannot be read.
         """
         tensors, content = files.load(path, "calibration", _VERSION, CalibrationError)
+        try:
+            return cls._from(tensors, content)
+        except (KeyError, TypeError) as cause:
+            raise CalibrationError(f"{path}: a field is missing or unknown: {cause}") from cause
+
+    @classmethod
+    def _from(cls, tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> Calibration:
         parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in content["sites"]}
         for key, tensor in tensors.items():
             name, _, part = key.rpartition("/")

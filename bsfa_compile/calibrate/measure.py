@@ -62,7 +62,9 @@ def measure(
 
     key_padding_mask bool [B, Lk], True for a real key. Each batch row is a sample of its own,
     computed alone and without its padding, so a batch gives exactly the integers its samples
-    give one by one (left padding by whole tiles; else its tiles are cut elsewhere).
+    give one by one (left padding by whole tiles; else its tiles are cut elsewhere). A
+    sample with a single query row is a decoding step and is left out. Returns how many samples
+    were added.
     """
     mask = None if key_padding_mask is None else key_padding_mask.bool().cpu()
     added = 0

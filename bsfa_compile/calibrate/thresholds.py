@@ -16,6 +16,7 @@ from bsfa_compile.calibrate.statistics import GATES
 from bsfa_compile.errors import ThresholdsError
 from bsfa_compile.ops.tiles import BLOCK_K, BLOCK_Q
 
+ROOT = "(model)"  # the site name of attention in the forward of the model itself
 PRECISIONS = ("auto", "exact", "int8")
 _VERSION = 1
 
@@ -91,13 +92,16 @@ class Thresholds:
         OSError for one that cannot be read.
         """
         tensors, content = files.load(path, "thresholds", _VERSION, ThresholdsError)
-        sites, print_ = content.pop("sites"), content.pop("fingerprint")
-        return cls(
-            values={name: tensors[name] for name in sites},
-            fingerprint=None if print_ is None else Fingerprint(**print_),
-            lengths=tuple(content.pop("lengths")),
-            **content,
-        )
+        try:
+            sites, print_ = content.pop("sites"), content.pop("fingerprint")
+            return cls(
+                values={name: tensors[name] for name in sites},
+                fingerprint=None if print_ is None else Fingerprint(**print_),
+                lengths=tuple(content.pop("lengths")),
+                **content,
+            )
+        except (KeyError, TypeError) as cause:
+            raise ThresholdsError(f"{path}: a field is missing or unknown: {cause}") from cause
 
 
 def check(thresholds: Thresholds, model: Model, *, sites: Mapping[str, int] | None = None) -> None:
@@ -144,7 +148,7 @@ def _site_problems(
         if heads:
             problems.append(f"head counts differ: {_some(heads)}")
     elif isinstance(model, nn.Module) and not isinstance(model, torch.fx.GraphModule):
-        modules = dict(unwrap(model).named_modules())
+        modules = {name or ROOT for name, _ in unwrap(model).named_modules()}
         extra = [name for name in values if name.split("#")[0] not in modules]
     else:
         extra = []

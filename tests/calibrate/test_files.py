@@ -13,9 +13,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bsfa_compile.calibrate import Budget, Calibration, Fingerprint, Sparsity, Thresholds, TopK
+from bsfa_compile.calibrate import (
+    Budget,
+    Calibration,
+    Fingerprint,
+    Sparsity,
+    Thresholds,
+    TopK,
+    files,
+)
 from bsfa_compile.calibrate.statistics import SiteStatistics
-from bsfa_compile.errors import CalibrationError, ThresholdsError
+from bsfa_compile.errors import BsfaError, CalibrationError, ThresholdsError
 from bsfa_compile.ops.tiles import Geometry
 
 PRINT = Fingerprint(structure="ab", weights="cd")
@@ -157,6 +165,10 @@ def test_foreign_files_and_versions_are_refused(
     save_file(load_file(path), path, metadata | {"version": "99"})
     with pytest.raises(ThresholdsError, match="version '99'"):
         Thresholds.load(path)
+    for kind, load in (("thresholds", Thresholds.load), ("calibration", Calibration.load)):
+        files.save(path, kind, 1, {}, {"sites": ["a"]})
+        with pytest.raises(BsfaError, match="a field is missing"):
+            load(path)
     with pytest.raises(FileNotFoundError):
         Thresholds.load(tmp_path / "missing")
 

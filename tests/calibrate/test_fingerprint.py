@@ -103,9 +103,9 @@ def test_odd_parameters() -> None:
 def test_a_large_model_takes_less_than_a_second() -> None:
     with torch.device("cpu"):
         model = nn.ModuleList(nn.Linear(1024, 1024) for _ in range(100))
-    start = time.perf_counter()
+    start = time.process_time()
     fingerprint(model)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def _thresholds(model: Model, **heads: int) -> Thresholds:
