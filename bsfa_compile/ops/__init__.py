@@ -1,0 +1,1 @@
+"""Block-sparse attention: geometry, gate, operators and their CPU and CUDA implementations."""

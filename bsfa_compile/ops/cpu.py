@@ -19,6 +19,8 @@ from bsfa_compile.ops.cpu_heads import Heads
 from bsfa_compile.ops.gate import score_dtype, threshold_column
 from bsfa_compile.ops.tiles import pack, unpack, unpadded_tiles
 
+HEADS_AT_ONCE = 8
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None) -> Result:
     """Attention over the tiles that the gate keeps, judged in exact scores; all without a gate.
@@ -35,20 +37,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | N
     for b, keys, block in _row_blocks(k, v, call, score_dtype(q)):
         i, rows, tiles = block.index, slice(block.start, block.stop), slice(*block.tiles)
         inner = slice(*block.inner)
-        heads = Heads(q[b, :, rows], keys, block, scratch, scale=call.scale, softcap=call.softcap)
         droppable[b, i, inner] = True
         kept[b, :, i, tiles] = True
-        if gate is None or thresholds is None:
-            heads.take_all(range(*block.tiles))
-        else:
-            column = threshold_column(thresholds, g, i)
-            relative = gate.rule == "relative"
-            kept[b, :, i, inner] = heads.judge(column, relative=relative, capped=capped)
+        for hq, hkv in _heads_in_turns(q, k):
+            heads = Heads(
+                q[b, hq, rows],
+                keys.of_heads(hkv),
+                block,
+                scratch,
+                scale=call.scale,
+                softcap=call.softcap,
+            )
+            if gate is None or thresholds is None:
+                heads.take_all(range(*block.tiles))
+            else:
+                column = threshold_column(thresholds[hq], g, i)
+                relative = gate.rule == "relative"
+                kept[b, hq, i, inner] = heads.judge(column, relative=relative, capped=capped)
+            if v is not None:
+                out[b, hq, rows], lse[b, hq, rows] = heads.softmax.result()
         if block.visible is not None:
             kept[b, :, i, tiles] &= block.visible
             droppable[b, i, tiles] &= block.visible
-        if v is not None:
-            out[b, :, rows], lse[b, :, rows] = heads.softmax.result()
     dropped = (droppable[:, None] & ~kept).sum(dim=(0, 2, 3))
     counts = torch.stack((dropped, droppable.sum().expand_as(dropped)), dim=1)
     return Result(out=out, lse=lse, tile_mask=pack(kept), counts=counts)
@@ -64,7 +74,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, tile_mask: Tensor) -> tu
         rows = slice(block.start, block.stop)
         for h in range(q.shape[1]):
             head = slice(h, h + 1)
-            own = keys.of_head(h // groups)
+            own = keys.of_heads(slice(h // groups, h // groups + 1))
             one = Heads(
                 q[b, head, rows], own, block, scratch, scale=call.scale, softcap=call.softcap
             )
@@ -72,6 +82,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, tile_mask: Tensor) -> tu
             one.take_all([j for j in listed if block.tiles[0] <= j < block.tiles[1]])
             out[b, head, rows], lse[b, head, rows] = one.softmax.result()
     return out, lse
+
+
+def _heads_in_turns(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of (q heads, kv heads): whole kv groups, about `HEADS_AT_ONCE` q heads."""
+    groups = q.shape[1] // k.shape[1]
+    step = max(1, HEADS_AT_ONCE // groups)
+    for first in range(0, k.shape[1], step):
+        stop = min(first + step, k.shape[1])
+        yield slice(first * groups, stop * groups), slice(first, stop)
 
 
 def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

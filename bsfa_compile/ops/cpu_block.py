@@ -48,11 +48,10 @@ class Keys:
     whole: list[bool]  # per tile, whether all of its keys are real
     bounds: tuple[int, int]  # tiles [first, stop) between the first and the last real key
 
-    def of_head(self, kv: int) -> Keys:
-        """The same for one kv head."""
-        one = slice(kv, kv + 1)
-        v = None if self.v is None else self.v[one]
-        return Keys(k=self.k[one], v=v, real=self.real, whole=self.whole, bounds=self.bounds)
+    def of_heads(self, kv: slice) -> Keys:
+        """The same for some of the kv heads."""
+        v = None if self.v is None else self.v[kv]
+        return Keys(k=self.k[kv], v=v, real=self.real, whole=self.whole, bounds=self.bounds)
 
 
 class RowBlock:

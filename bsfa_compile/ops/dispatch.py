@@ -1,28 +1,53 @@
-"""Which implementation runs a call."""
+"""Which implementation runs a call, and when dense attention is the faster one.
+
+On the CPU the choice is made per kv head from a sample: the gate judges one q block, about two
+thirds down the sequence, and heads that skip too few of its tiles run dense. On CUDA the values of
+thresholds cannot be read without waiting for the device, so shapes alone decide.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from itertools import groupby
+
+import torch
 from torch import Tensor
 
-from bsfa_compile.ops import chunked, chunked_backward, cpu
-from bsfa_compile.ops.call import Call, Gate, Result
+from bsfa_compile.ops import chunked, chunked_backward, cpu, dense, launch
+from bsfa_compile.ops.call import Call, Gate, Result, empty_out, lse_dtype
+
+# Measured by benchmarks/cpu.py: shorter calls, and heads that skip less, are faster dense.
+CPU_TOKENS = 2048
+CPU_SKIPPED = 0.65  # of all visible tiles
+CUDA_TOKENS = 2048
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate | None, *, dense_if_faster: bool
 ) -> Result:
-    """Attention over the tiles that the gate keeps (all without a gate)."""
-    if q.device.type == "cpu" and (gate is None or gate.precision != "int8"):
-        return cpu.attention(q, k, v, call, gate)
+    """Attention over the tiles that the gate keeps; over all of them without a gate, or, if
+    `dense_if_faster` allows it, where keeping all is faster."""
+    can_be_dense = dense.reason(q, k, v, call) is None
+    if can_be_dense and gate is None and q.device.type == "cpu":
+        return dense.attention(q, k, v, call)
+    if can_be_dense and dense_if_faster and _dense_by_shape(q, k, gate):
+        return dense.attention(q, k, v, call)
+    if q.device.type == "cpu":
+        if can_be_dense and dense_if_faster and gate is not None:
+            return _cpu_by_sample(q, k, v, call, gate)
+        return _sparse(q, k, v, call, gate)
+    if launch.supported(q, k, v, call, gate) is None:
+        return launch.attention(q, k, v, call, gate, dense_if_faster=dense_if_faster)
+    if can_be_dense and (gate is None or dense_if_faster):
+        return dense.attention(q, k, v, call)
     return chunked.attention(q, k, v, call, gate=gate)
 
 
 def tile_mask(q: Tensor, k: Tensor, call: Call, gate: Gate) -> tuple[Tensor, Tensor]:
     """The decision alone: (packed tile mask, counts)."""
-    if q.device.type == "cpu" and gate.precision != "int8":
-        result = cpu.attention(q, k, None, call, gate)
-    else:
-        result = chunked.attention(q, k, None, call, gate=gate)
+    if q.device.type == "cuda" and launch.supported(q, k, None, call, gate) is None:
+        return launch.tile_mask(q, k, call, gate)
+    result = _sparse(q, k, None, call, gate)
     return result.tile_mask, result.counts
 
 
@@ -30,6 +55,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call) -> tuple[
     """Attention over the tiles of a packed tile mask: (out, lse)."""
     if q.device.type == "cpu":
         return cpu.attend(q, k, v, call, tiles)
+    if launch.supported(q, k, v, call, None) is None:
+        return launch.attend(q, k, v, tiles, call)
     result = chunked.attention(q, k, v, call, tile_mask=tiles)
     return result.out, result.lse
 
@@ -47,3 +74,60 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) over the tiles of a packed tile mask."""
     return chunked_backward.attention_backward(grad_out, grad_lse, q, k, v, out, lse, tiles, call)
+
+
+def _sparse(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None) -> Result:
+    """By the rule, without kernels. On the CPU `auto` precision is exact; int8 is emulated."""
+    if q.device.type == "cpu" and (gate is None or gate.precision != "int8"):
+        return cpu.attention(q, k, v, call, gate)
+    return chunked.attention(q, k, v, call, gate=gate)
+
+
+def _dense_by_shape(q: Tensor, k: Tensor, gate: Gate | None) -> bool:
+    """Whether dense is faster whatever the scores are; reads thresholds on the CPU only."""
+    least = CPU_TOKENS if q.device.type == "cpu" else CUDA_TOKENS
+    if gate is None or q.shape[2] < least or k.shape[2] < least:
+        return True
+    return q.device.type == "cpu" and bool((gate.thresholds == -torch.inf).all())
+
+
+def _cpu_by_sample(q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate) -> Result:
+    """Each kv head's queries sparse or dense, as the sample says."""
+    groups = q.shape[1] // k.shape[1]
+    skipped = _sampled_skip(q, k, call, gate).view(-1, groups).mean(dim=1)
+    runs = [
+        (sparse, [kv for kv, _ in run])
+        for sparse, run in groupby(enumerate((skipped >= CPU_SKIPPED).tolist()), lambda x: x[1])
+    ]
+    if len(runs) == 1:
+        return _sparse(q, k, v, call, gate) if runs[0][0] else dense.attention(q, k, v, call)
+    out, lse = empty_out(q, v), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    parts = []
+    for sparse, members in runs:
+        hkv = slice(members[0], members[-1] + 1)
+        hq = slice(hkv.start * groups, hkv.stop * groups)
+        part = (q[:, hq], k[:, hkv], v[:, hkv], call)
+        if sparse:
+            own = dataclasses.replace(gate, thresholds=gate.thresholds[hq])
+            parts.append(_sparse(*part, own))
+        else:
+            parts.append(dense.attention(*part))
+        out[:, hq], lse[:, hq] = parts[-1].out, parts[-1].lse
+    return Result(
+        out=out,
+        lse=lse,
+        tile_mask=torch.cat([part.tile_mask for part in parts], dim=1),
+        counts=torch.cat([part.counts for part in parts]),
+    )
+
+
+def _sampled_skip(q: Tensor, k: Tensor, call: Call, gate: Gate) -> Tensor:
+    """Fraction of visible tiles that each head [H] skips in one q block of the first batch row."""
+    g = call.geometry
+    row0, row1 = g.rows(2 * g.q_blocks // 3)
+    sample = dataclasses.replace(g, q_start=g.q_start + row0, q_len=row1 - row0)
+    padding = None if call.key_padding_mask is None else call.key_padding_mask[:1]
+    one = dataclasses.replace(call, geometry=sample, key_padding_mask=padding)
+    result = cpu.attention(q[:1, :, row0:row1], k[:1], None, one, gate)
+    tile0, tile1 = sample.tiles(0)
+    return result.counts[:, 0] / max(1, tile1 - tile0)

@@ -173,12 +173,13 @@ def always_kept(
     """`Geometry.always_kept` for tiles j [T] of the q block from absolute position `low`: [B, T].
 
     `stop`: one past the last tile causality and window leave; limits [B, 2]: unpadded tiles.
-    `low` and `stop` may be known on the device alone.
+    `low` and `stop` may be known on the device alone, and be [rows, 1] with limits [B, 1, 2] for
+    the tiles of many q blocks at once: [B, rows, T].
     """
     high = low + g.block_q - 1
     key_low, key_high = j * g.block_k, ((j + 1) * g.block_k).clamp_max(g.k_len) - 1
-    last = limits[:, 1:].clamp_max(stop) - 1
-    kept = (j < limits[:, :1] + g.sink_tiles) | (j == last)
+    last = limits[..., 1:].clamp_max(stop) - 1
+    kept = (j < limits[..., :1] + g.sink_tiles) | (j == last)
     if g.is_causal:
         kept = kept | (key_high > low)
     if g.window is not None:
