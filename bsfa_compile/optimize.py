@@ -1,0 +1,277 @@
+"""The story on one page: trace -> calibrate -> rewrite -> compile, and back again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+from rich.progress import Progress
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from bsfa_compile import modules, traced
+from bsfa_compile.backend import Inner
+from bsfa_compile.calibrate.calibration import Calibration
+from bsfa_compile.calibrate.data import Call, Samples, device_of, move, samples
+from bsfa_compile.calibrate.fingerprint import fingerprint
+from bsfa_compile.calibrate.observer import Observer
+from bsfa_compile.calibrate.solve import Budget, Target, TopK
+from bsfa_compile.calibrate.thresholds import Thresholds, check
+from bsfa_compile.errors import CalibrationError, ThresholdsError
+from bsfa_compile.ops.tiles import BLOCK_K, BLOCK_Q
+from bsfa_compile.passes.attach import to_bits
+from bsfa_compile.passes.rewrite import Rule
+from bsfa_compile.state import State, refuse, state_of
+
+Model = TypeVar("Model", nn.Module, fx.GraphModule, ExportedProgram)
+_DEFAULT = Budget(0.03)
+_TRACED = (fx.GraphModule, ExportedProgram)
+
+
+def optimize(
+    model: Model,
+    calib_data: object,
+    target: Target = _DEFAULT,
+    *,
+    gate: str = "relative",
+    strict: bool = False,
+    precision: str = "auto",
+    sink_tiles: int = 1,
+    dense_if_faster: bool = True,
+    progress: bool = True,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    inner: str = "inductor",
+) -> Model:
+    """Make a model's attention block-sparse: calibrate on data, rewrite, compile. Nothing is lost.
+
+    model: nn.Module, compiled in place (graphs are built when it first runs); torch.fx.GraphModule,
+    rewritten in place; or torch.export.ExportedProgram, of which a new one is returned.
+    calib_data: one model input (tensor, tuple, dict) or an iterable of them (list, DataLoader), as
+    long as those to come. target: what may be lost, `Budget(eps)` of softmax mass per row, or what
+    to drop. gate: "relative" or "absolute" (the paper's). strict: raise instead of leaving a site
+    dense. precision: of the gate's scores, "auto", "exact" or "int8". sink_tiles: leading tiles
+    always kept. dense_if_faster: run dense wherever that is faster; False forces the rule.
+    fullgraph, dynamic, mode, options: of torch.compile and inductor. inner: another backend of
+    torch to run the rewritten graphs, for debugging ("eager", "aot_eager").
+
+    Returns the same kind of object. Raises CalibrationError without usable data, InputError for a
+    wrong argument and UnsupportedError, listing every reason, if strict and a site stays dense.
+    """
+    max_k = max(128, target.k) if isinstance(target, TopK) else 128
+    rule = Rule(sink_tiles=sink_tiles)
+    compiled = Inner(inner, mode, options, dynamic)
+    data = samples(calib_data)
+    calibration, example = _calibrated(model, data, rule, max_k=max_k, progress=progress)
+    if strict:
+        refuse(calibration.dense)
+    if calibration.sites:
+        solved = calibration.thresholds(target, gate, precision=precision)
+        if all(bool((value == -torch.inf).all()) for value in solved.values.values()):
+            warnings.warn(
+                f"{target}: no tile can be dropped; calibrate on inputs as long as those to come "
+                f"(seen: up to {max(calibration.lengths, default=0)} tokens)",
+                stacklevel=2,
+            )
+    else:
+        reasons = "; ".join(sorted(set(calibration.dense.values()))) or "no attention was found"
+        warnings.warn(f"no attention can be block-sparse: {reasons}", stacklevel=2)
+        solved = Thresholds(
+            values={}, gate=gate, precision=precision, fingerprint=calibration.fingerprint
+        )
+    state = State(
+        thresholds=solved,
+        rule=Rule.of(solved, dense_if_faster=dense_if_faster),
+        calibration=calibration,
+        strict=strict,
+    )
+    return _applied(model, state, compiled, example, fullgraph=fullgraph, dynamic=dynamic)
+
+
+def calibrate(
+    model: nn.Module | fx.GraphModule | ExportedProgram,
+    calib_data: object,
+    *,
+    sink_tiles: int = 1,
+    block_q: int = BLOCK_Q,
+    block_k: int = BLOCK_K,
+    max_k: int = 128,
+    strict: bool = False,
+    progress: bool = True,
+) -> Calibration:
+    """Run a model on data and collect what thresholds for any target are solved from.
+
+    The model runs in eval mode without gradients and is unchanged afterwards. calib_data: see
+    `optimize`. max_k: the largest k of a later TopK. Raises CalibrationError for empty data,
+    UnsupportedError if strict and a site is not supported.
+    """
+    rule = Rule(sink_tiles=sink_tiles, block_q=block_q, block_k=block_k)
+    data = samples(calib_data)
+    calibration, _ = _calibrated(model, data, rule, max_k=max_k, progress=progress)
+    if strict:
+        refuse(calibration.dense)
+    return calibration
+
+
+def apply(
+    model: Model,
+    thresholds: Thresholds,
+    *,
+    strict: bool = False,
+    dense_if_faster: bool = True,
+    example: object = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    inner: str = "inductor",
+) -> Model:
+    """Make a model block-sparse by thresholds that exist already; arguments as of `optimize`.
+
+    example: one model input, needed for a GraphModule whose nodes carry no shapes. Returns the
+    same kind of object. Raises ThresholdsError if the thresholds are of another model.
+    """
+    check(thresholds, model)
+    sample = None if example is None else next(iter(samples(example)))
+    state = State(
+        thresholds=thresholds,
+        rule=Rule.of(thresholds, dense_if_faster=dense_if_faster),
+        strict=strict,
+    )
+    compiled = Inner(inner, mode, options, dynamic)
+    return _applied(model, state, compiled, sample, fullgraph=fullgraph, dynamic=dynamic)
+
+
+def revert(model: Model) -> Model:
+    """Give back the model as it was before `optimize` or `apply`, bit for bit.
+
+    An nn.Module and a GraphModule are changed in place; for an exported program the original is
+    returned. A model that was not optimized is returned as it is. Raises BsfaError for an
+    optimized exported program loaded from a file, which no longer has its original.
+    """
+    state, given = state_of(model), cast(Any, model)
+    if isinstance(given, _TRACED):
+        return cast(Model, traced.undo(given, state))
+    modules.undo(modules.plain(given), state)
+    return model
+
+
+def retarget(model: Model, target: Target | Thresholds) -> Model:
+    """Write the thresholds for another target into an optimized model; nothing is recompiled.
+
+    Counters start again at zero. Raises ThresholdsError if the model was not optimized, if a
+    target is given but the model has no calibration (it was made by `apply`), or if the gate,
+    precision or tile shape of the thresholds differ from the compiled one's.
+    """
+    state = state_of(model)
+    if state is None:
+        raise ThresholdsError("the model was not optimized: call optimize or apply first")
+    if isinstance(target, Thresholds):
+        check(target, model)
+        solved = target
+    elif state.calibration is not None:
+        rule = state.rule
+        solved = state.calibration.thresholds(target, rule.gate, precision=rule.precision)
+    else:
+        raise ThresholdsError(
+            "the model was made from thresholds, without a calibration: retarget it with "
+            "Thresholds, from Calibration.thresholds(target)"
+        )
+    _check_fits(solved, state)
+    for name, values in solved.values.items():
+        held = state.buffers(name)
+        if held is None:
+            continue
+        thresholds, counters = held
+        with torch.no_grad():
+            thresholds.copy_(to_bits(values, thresholds.shape[1], thresholds.device))
+            counters.zero_()
+    state.thresholds = solved
+    return model
+
+
+def _check_fits(solved: Thresholds, state: State) -> None:
+    new, old = Rule.of(solved, dense_if_faster=state.rule.dense_if_faster), state.rule
+    if new != old:
+        raise ThresholdsError(
+            f"these thresholds are for {new}, the compiled graphs have {old}: use apply, which "
+            "compiles again"
+        )
+    if solved.values.keys() != state.thresholds.values.keys():
+        raise ThresholdsError("these thresholds are for other sites than the model's: use apply")
+    for name, values in solved.values.items():
+        held = state.buffers(name)
+        if held is not None and held[0].shape[1] < values.shape[1]:
+            raise ThresholdsError(
+                f"{name}: {values.shape[1]} columns of thresholds do not fit the {held[0].shape[1]}"
+                " of the compiled graphs: use apply, which compiles again"
+            )
+
+
+def _calibrated(
+    model: nn.Module | fx.GraphModule | ExportedProgram,
+    data: Samples,
+    rule: Rule,
+    *,
+    max_k: int,
+    progress: bool,
+) -> tuple[Calibration, Call]:
+    """The calibration, and the first sample."""
+    calls = iter(data)
+    first = next(calls, None)
+    if first is None:
+        raise CalibrationError("the calibration data are empty: pass at least one model input")
+    with Observer(max_k=max_k) as observer:
+        if isinstance(model, _TRACED):
+            with traced.watching(model, observer, rule, first) as (program, dense):
+                count = _run(program, first, calls, _length(data), progress)
+        else:
+            with modules.watching(modules.plain(model), observer, rule) as watcher:
+                count = _run(model, first, calls, _length(data), progress)
+            dense = {n: why for n, why in watcher.dense.items() if n not in watcher.sparse}
+        found = observer.statistics
+        uncalled = tuple(name for name, n in observer.calls.items() if not n and name not in dense)
+    calibration = Calibration(
+        sites=found,
+        samples=count,
+        uncalled=uncalled,
+        dense=dense,
+        fingerprint=fingerprint(model),
+    )
+    return calibration, first
+
+
+def _run(program: nn.Module, first: Call, rest: Any, total: int | None, progress: bool) -> int:
+    """Run the program on every sample, moved to where it computes; how many there were."""
+    device, count = device_of(program), 0
+    with Progress(transient=True, disable=not progress) as bar:
+        task = bar.add_task("calibrating", total=total)
+        call: Call | None = first
+        while call is not None:
+            args, kwargs = move(call, device)
+            program(*args, **kwargs)
+            count += 1
+            bar.advance(task)
+            call = next(rest, None)
+    return count
+
+
+def _length(data: Samples) -> int | None:
+    try:
+        return len(data)
+    except TypeError:  # a stream
+        return None
+
+
+def _applied(model: Any, state: State, inner: Inner, example: Call | None, **options: Any) -> Any:
+    """The model with the state; what an earlier `optimize` did is undone first."""
+    if isinstance(model, _TRACED):
+        return traced.apply(revert(model), state, example)
+    if state_of(model) is not None:
+        revert(model)
+    modules.compile_in_place(modules.plain(model), state, inner, **options)
+    return model

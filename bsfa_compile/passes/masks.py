@@ -1,0 +1,191 @@
+"""What an attention mask means to the operator: causal, query start, window, key padding.
+
+A mask is understood or it is not: `recognise` answers a Meaning that shows exactly the scores the
+mask shows, or the reason why it cannot.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import sympy
+from torch import fx
+
+from bsfa_compile.passes import rules_index, rules_logic
+from bsfa_compile.passes.domain import (
+    BATCH,
+    KEY,
+    Atom,
+    Bound,
+    Num,
+    Opaque,
+    Select,
+    Table,
+    as_select,
+    complement,
+    known,
+    number,
+    upright,
+)
+from bsfa_compile.passes.interpret import Interpreter
+from bsfa_compile.passes.nodes import (
+    aliases,
+    as_expr,
+    is_one,
+    positions,
+    same,
+    tensor,
+    writers,
+)
+
+RULES = (rules_index, rules_logic)  # what `Interpreter` understands, by being imported
+_ZERO = sympy.Integer(0)
+# A finite number this low in an additive mask hides a score as -inf does: float16 can hold it,
+# and no score reaches it. (Only where every query sees some key; else -inf is asked for.)
+HIDDEN = -30000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """A tensor of the graph that the operator reads, as it is just before node `at` runs.
+
+    Later the model may overwrite it: a static cache counts up its length before it attends.
+    """
+
+    node: fx.Node
+    at: fx.Node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meaning:
+    """Query row r stands at position q_start + r and sees key c if
+
+    c <= q_start + r (is_causal), q_start + r - window < c (window), key_padding[b, c].
+
+    q_start: an expression in the graph's symbolic sizes and in the symbols of `scalars`.
+    key_padding: a bool or integer table of the graph, read from column `offset` on.
+    """
+
+    is_causal: bool = False
+    q_start: sympy.Expr = _ZERO
+    window: int | None = None
+    key_padding: Table | None = None
+    scalars: tuple[tuple[sympy.Dummy, Read], ...] = ()
+    padding_read: Read | None = None
+
+
+def recognise(mask: fx.Node, site: fx.Node, q_len: object, k_len: object) -> Meaning | str:
+    """The meaning of `mask`, attn_mask of the attention node `site`; a reason if unknown.
+
+    q_len, k_len: sizes (int or SymInt) of the attention's query and key axes.
+    """
+    fake = tensor(mask)
+    if fake is None:
+        return "the graph does not know the shape of the attention mask"
+    run = Interpreter()
+    found = upright(as_select(run.run(mask)))
+    if isinstance(found, Opaque):
+        return found.reason
+    if isinstance(found, Num) and known(found.value):
+        shows = found.value is True or (not isinstance(found.value, bool) and found.value == 0)
+        return Meaning() if shows else "the attention mask is one number everywhere"
+    if not isinstance(found, Select):
+        return "the attention mask is a bias that depends on positions or data"
+    if fake.dim() not in (2, 4) or (fake.dim() == 4 and not is_one(fake.shape[1])):
+        return "the attention mask differs between heads"
+    if not same(fake.shape[-1], k_len) or not (
+        same(fake.shape[-2], q_len) or is_one(fake.shape[-2])
+    ):
+        return "the attention mask does not have the shape of the scores"
+    meaning = _meaning(found, run, as_expr(q_len) - as_expr(k_len))
+    return meaning if isinstance(meaning, str) else _with_reads(meaning, run, mask, site)
+
+
+def _meaning(found: Select, run: Interpreter, beyond: sympy.Expr) -> Meaning | str:
+    """beyond: how many more queries than keys there are."""
+    atoms: frozenset[Atom] | None = found.atoms
+    shown, hidden = found.on, found.off
+    if shown is False:
+        atoms, shown, hidden = complement(found.atoms), hidden, shown
+    if atoms is None:
+        return "the attention mask hides where several conditions meet"
+    additive = not isinstance(shown, bool)
+    if additive and (shown != 0 or not known(hidden) or not hidden <= HIDDEN):
+        return "the attention mask is a bias, not only hidden or shown"
+    if not additive and (shown, hidden) != (True, False):
+        return "the attention mask is the same everywhere"
+    meaning = _limits([a for a in atoms if isinstance(a, Bound)], run)
+    tables = [a for a in atoms if isinstance(a, Table)]
+    if isinstance(meaning, str) or not (additive or tables):
+        return meaning
+    if len(tables) > 1:
+        return "the attention mask joins several padding masks"
+    if additive and hidden != -math.inf:
+        # A row that sees nothing would get the mean of all values, not zero.
+        outside = number(sympy.expand(meaning.q_start + beyond))
+        if tables or (meaning.window is not None and not (known(outside) and outside <= 0)):
+            return "the attention mask adds finite numbers where rows may see nothing"
+    if not tables:
+        return meaning
+    (table,) = tables
+    if table.column != KEY or table.row not in (None, BATCH):
+        return table.why
+    if not run.nonnegative(table.offset):
+        return "the padding mask may be read at negative positions"
+    return replace(meaning, key_padding=table)
+
+
+def _limits(bounds: list[Bound], run: Interpreter) -> Meaning | str:
+    """Causality and window from the bounds on key - query."""
+    uppers = _distinct([b.limit for b in bounds if b.upper])
+    lowers = _distinct([b.limit for b in bounds if not b.upper])
+    if any(len(e) > 1 and not all(x.is_Integer for x in e) for e in (uppers, lowers)):
+        return "the attention mask has several edges whose order is not known"
+    if not uppers and not lowers:
+        return Meaning()
+    if not uppers:
+        return "the attention mask hides old keys but no future ones"
+    upper, width = min(uppers), None
+    if lowers:
+        lower = max(lowers)
+        width = number(sympy.expand(upper - lower + 1))
+        if not isinstance(width, int) or width < 1:
+            return "the attention mask has a window of unknown width"
+        if sympy.expand(upper + lower) == 0 and width > 1:
+            return Meaning(window=(width + 1) // 2)
+    if not run.nonnegative(upper):
+        return "the attention mask may place queries before the first key"
+    return Meaning(is_causal=True, q_start=upper, window=width)
+
+
+def _distinct(limits: list[sympy.Expr]) -> list[sympy.Expr]:
+    return list(dict.fromkeys(sympy.expand(limit) for limit in limits))
+
+
+def _with_reads(meaning: Meaning, run: Interpreter, mask: fx.Node, site: fx.Node) -> Meaning | str:
+    """Refuse masks written in place; note where the tensors that the operator reads are read."""
+    at = positions(site.graph)
+    scalars = {s: n for s, n in run.scalars.items() if meaning.q_start.has(s)}
+    table = meaning.key_padding
+    leaves = [*scalars.values(), *([table.node] if table is not None else [])]
+    families = {leaf: aliases(leaf) for leaf in leaves}
+    data = set().union(*families.values())
+    for node in run.values:
+        computed = node.op in ("call_function", "call_method") and tensor(node) is not None
+        if computed and node not in data and any(True for _ in writers(node)):
+            return "the attention mask is written in place"
+    reads = {}
+    for leaf, family in families.items():
+        readers = [n for n in run.values if any(i in family for i in n.all_input_nodes)]
+        if mask in family or not readers:
+            readers.append(site)
+        first, last = min(readers, key=at.__getitem__), max(readers, key=at.__getitem__)
+        if any(at[first] <= at[w] < at[last] for w in writers(leaf)):
+            return "the attention mask reads a tensor that is overwritten meanwhile"
+        reads[leaf] = Read(node=leaf, at=first)
+    return replace(
+        meaning,
+        scalars=tuple((symbol, reads[node]) for symbol, node in scalars.items()),
+        padding_read=reads[table.node] if table is not None else None,
+    )

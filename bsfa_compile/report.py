@@ -1,0 +1,173 @@
+"""report(model): every attention site, sparse or dense and why, and how much it skipped."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from bsfa_compile.errors import InputError
+from bsfa_compile.ops import library
+from bsfa_compile.passes.sites import find, owner
+from bsfa_compile.state import Seen, State, site_name, state_of
+from bsfa_compile.traced import name_of
+
+UNCALLED = "the calibration data never called it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteReport:
+    """One attention site.
+
+    rewritten: whether it is block-sparse (until its graph is compiled: whether it will be).
+    reason: why it is dense; for a rewritten site, why it is dense in some other graph (decoding,
+    most often), None if it is nowhere. skipped: fraction of all candidate tiles skipped in the
+    runs so far, candidates being the visible tiles that are not always kept; None before any run.
+    """
+
+    name: str
+    rewritten: bool
+    reason: str | None
+    skipped: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was done to a model: `str()` is a table, `to_json()` the same as data.
+
+    target, gate, precision: what the thresholds were made for. expected_skipped, expected_lost:
+    fraction of tiles and of softmax mass, as solved on the calibration data; None if unknown.
+    """
+
+    sites: tuple[SiteReport, ...]
+    target: str = ""
+    gate: str = ""
+    precision: str = ""
+    expected_skipped: float | None = None
+    expected_lost: float | None = None
+
+    @property
+    def skipped(self) -> float | None:
+        """Mean of the sites' achieved skip rates; None before any run."""
+        rates = [site.skipped for site in self.sites if site.skipped is not None]
+        return sum(rates) / len(rates) if rates else None
+
+    def to_json(self) -> str:
+        """All fields as JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        table = Table()
+        table.add_column("site", overflow="fold")
+        table.add_column("attention")
+        table.add_column("skipped", justify="right")
+        table.add_column("why dense", overflow="fold")
+        for site in self.sites:
+            skipped = "" if site.skipped is None else f"{site.skipped:.1%}"
+            kind = "sparse" if site.rewritten else "dense"
+            table.add_row(site.name, kind, skipped, site.reason or "")
+        text = io.StringIO()
+        Console(file=text, width=120).print(table)
+        return f"{self._title()}\n{text.getvalue().rstrip()}"
+
+    def _title(self) -> str:
+        sparse = sum(site.rewritten for site in self.sites)
+        parts = [f"{sparse} of {len(self.sites)} attention sites block-sparse"]
+        if self.target:
+            parts.append(f"{self.target}, gate {self.gate}, precision {self.precision}")
+        if self.expected_skipped is not None and self.expected_lost is not None:
+            parts.append(
+                f"on the calibration data {self.expected_skipped:.1%} of tiles skipped, "
+                f"{self.expected_lost:.2%} of softmax mass lost"
+            )
+        return "; ".join(parts)
+
+
+def report(model: nn.Module | fx.GraphModule | ExportedProgram) -> Report:
+    """The report of an optimized model, also of a loaded exported program.
+
+    Reading counters from a GPU waits for it. Raises InputError for a model that was not optimized.
+    """
+    state = state_of(model)
+    if state is not None:
+        solved = state.thresholds
+        return Report(
+            sites=tuple(_of_state(state)),
+            target=solved.target,
+            gate=solved.gate,
+            precision=solved.precision,
+            expected_skipped=solved.dropped,
+            expected_lost=solved.lost,
+        )
+    if isinstance(model, fx.GraphModule | ExportedProgram):
+        sites = tuple(_of_graph(model))
+        if any(site.rewritten for site in sites):
+            return Report(sites=sites)
+    raise InputError(
+        f"this {type(model).__name__} was not optimized: call optimize(model, data) or "
+        "apply(model, thresholds) first; with torch.compile, run it once first"
+    )
+
+
+def _of_state(state: State) -> Iterator[SiteReport]:
+    calibration = state.calibration
+    dense = {} if calibration is None else dict(calibration.dense)
+    uncalled = () if calibration is None else calibration.uncalled
+    for name in dict.fromkeys((*state.sites, *dense, *uncalled)):
+        seen = state.sites.get(name, Seen())
+        reasons = list(seen.dense)
+        if not seen.sparse and not reasons:
+            reasons = [dense[name]] if name in dense else [UNCALLED] if name in uncalled else []
+        held = state.buffers(name)
+        yield SiteReport(
+            name=name,
+            rewritten=bool(seen.sparse) or (name in state.thresholds.values and not reasons),
+            reason="; ".join(reasons) or None,
+            skipped=None if held is None else _rate(held[1]),
+        )
+
+
+def _rate(counters: Tensor) -> float | None:
+    """Dropped over candidates, over all heads: counters int64 [H, 2]."""
+    dropped, candidates = counters.sum(dim=0).tolist()
+    return dropped / candidates if candidates else None
+
+
+def _of_graph(model: fx.GraphModule | ExportedProgram) -> Iterator[SiteReport]:
+    graph = model.graph
+    gm = model.graph_module if isinstance(model, ExportedProgram) else model
+    dense = {site.node: site for site in find(gm)}
+    calls: dict[str, int] = {}
+    for node in graph.nodes:
+        if node in dense:
+            why = dense[node].reason or "it was not optimized"
+            yield SiteReport(name=name_of(dense[node]), rewritten=False, reason=why, skipped=None)
+        elif node.op == "call_function" and node.target is library.attention:
+            key, path = owner(node)
+            name = site_name(path, calls.setdefault(key, 0)) if path else node.name
+            calls[key] += 1
+            counters = _counters(model, node)
+            rate = None if counters is None else _rate(counters)
+            yield SiteReport(name=name, rewritten=True, reason=None, skipped=rate)
+
+
+def _counters(model: fx.GraphModule | ExportedProgram, call: fx.Node) -> Tensor | None:
+    """The buffer that the counts of an operator call are added to."""
+    for part in call.users:
+        for user in part.users:
+            if user.target is torch.ops.aten.add_.Tensor and user.args[1] is part:
+                holder = user.args[0]
+                assert isinstance(holder, fx.Node), "the pass adds to a buffer"
+                if isinstance(model, ExportedProgram):
+                    name = model.graph_signature.inputs_to_buffers[holder.name]
+                    held: Tensor = model.state_dict[name]
+                    return held
+                return model.get_buffer(str(holder.target))
+    return None

@@ -1,0 +1,147 @@
+"""What was done to a model: remembered beside it, so that the model itself carries only buffers."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from bsfa_compile.calibrate.calibration import Calibration
+from bsfa_compile.calibrate.fingerprint import unwrap
+from bsfa_compile.calibrate.thresholds import ROOT, Thresholds
+from bsfa_compile.errors import UnsupportedError
+from bsfa_compile.passes.eligible import DECODE
+from bsfa_compile.passes.rewrite import Rule
+
+
+Home = nn.Module | torch.export.ExportedProgram  # what holds a site's buffers
+
+
+def site_name(module: str, ordinal: int) -> str:
+    """The name of a site: its module's, "#1" for the second attention call in it, and so on."""
+    return f"{module or ROOT}#{ordinal}" if ordinal else module or ROOT
+
+
+def split_name(name: str) -> tuple[str, int]:
+    """Inverse of `site_name`: (qualified name of the module, ordinal)."""
+    module, _, ordinal = name.partition("#")
+    return "" if module == ROOT else module, int(ordinal or 0)
+
+
+@dataclass(kw_only=True, eq=False)
+class Seen:
+    """One site over all graphs compiled so far: in how many it is sparse, and why dense."""
+
+    sparse: int = 0
+    dense: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(kw_only=True, eq=False)
+class State:
+    """An optimized model, without a reference that would keep it alive.
+
+    sites: by name, in the model's order, as calibration and the compiled graphs saw them.
+    homes: site -> (what holds its buffers, the names of thresholds and counters in it).
+    names: qualified names of the model's modules, by id.
+    """
+
+    thresholds: Thresholds
+    rule: Rule
+    calibration: Calibration | None = None
+    strict: bool = False
+    sites: dict[str, Seen] = field(default_factory=dict)
+    homes: dict[str, tuple[weakref.ref[Home], str, str]] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    previous: object = None  # how the model was compiled before
+    warned: bool = False
+
+    def __post_init__(self) -> None:
+        self.given = self.thresholds  # `thresholds` changes when the model is retargeted
+
+    def record(self, found: Iterable[tuple[str, str | None]]) -> None:
+        """Note the sites of a compiled graph: (name, reason to be dense or None).
+
+        Raises UnsupportedError if strict and one is dense for another reason than decoding.
+        """
+        found = list(found)
+        for name, reason in found:
+            seen = self.sites.setdefault(name, Seen())
+            if reason is None:
+                seen.sparse += 1
+            else:
+                seen.dense[reason] += 1
+        if self.strict:
+            refuse({name: reason for name, reason in found if reason is not None})
+
+    def warn_eager(self, what: str) -> None:
+        """Say once that attention runs dense because its module runs outside a compiled graph."""
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{what} runs outside the compiled graph, so its attention is dense: a graph "
+                "break around it, torch.compiler.disable, a direct call of model.forward, or the "
+                "recompile limit (torch._dynamo.config.recompile_limit)",
+                stacklevel=3,
+            )
+
+    def buffers(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """(thresholds int32 [H, columns], counters int64 [H, 2]) of a site, where they are now."""
+        home, *names = self.homes.get(name, (None, "", ""))
+        owner = None if home is None else home()
+        if owner is None:
+            return None
+        held = owner._buffers if isinstance(owner, nn.Module) else owner.state_dict
+        thresholds, counters = (held.get(n) for n in names)
+        return None if thresholds is None or counters is None else (thresholds, counters)
+
+
+def refuse(dense: Mapping[str, str]) -> None:
+    """Raise UnsupportedError that lists every site and reason, decoding apart; if there is one."""
+    reasons = {name: reason for name, reason in dense.items() if reason != DECODE}
+    if reasons:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+        raise UnsupportedError(
+            f"strict=True, and {len(reasons)} attention sites must stay dense:\n{lines}\n"
+            "Pass strict=False to leave these dense"
+        )
+
+
+_STATES: weakref.WeakKeyDictionary[object, State] = weakref.WeakKeyDictionary()
+
+
+def remember(model: object, state: State) -> None:
+    """Tie a state to a model (or exported program) and to the modules that carry its buffers."""
+    _STATES[model] = state
+    for home, *_ in state.homes.values():
+        owner = home()
+        if owner is not None:
+            _STATES[owner] = state
+
+
+def forget(model: object) -> None:
+    """Untie what `remember` tied."""
+    state = _STATES.pop(model, None)
+    for key in [k for k, v in _STATES.items() if v is state]:
+        del _STATES[key]
+
+
+def state_of(model: object) -> State | None:
+    """The state of a model, also behind torch.compile(model); None if it was not optimized."""
+    return _STATES.get(unwrap(model) if isinstance(model, nn.Module) else model)
+
+
+def known_modules() -> dict[int, nn.Module]:
+    """Modules tied to any state, by id."""
+    return {id(m): m for m in _STATES if isinstance(m, nn.Module)}
+
+
+def ran_eager(module: nn.Module) -> None:
+    """Called when a module that should be inside a compiled graph runs by itself."""
+    state = _STATES.get(module)
+    if state is not None:
+        state.warn_eager(state.names.get(id(module), type(module).__name__))

@@ -1,0 +1,281 @@
+"""Graphs the user traced: torch.fx.GraphModule (in place) and ExportedProgram (a new one).
+
+Thresholds and counters are buffers of the graph module, or lifted buffers in the exported
+program's signature, so an optimized program saves, loads and runs like any other.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+from bsfa_compile.calibrate.observer import Observer
+from bsfa_compile.errors import BsfaError
+from bsfa_compile.passes.attach import device_of, names, to_bits
+from bsfa_compile.passes.rewrite import Buffers, Rule, instrument, rewrite
+from bsfa_compile.passes.sites import Site, find
+from bsfa_compile.state import Seen, State, forget, remember, site_name, state_of
+
+Traced = fx.GraphModule | ExportedProgram
+UNKNOWN = "it has no thresholds: calibration never reached it as a supported site"
+
+
+def name_of(site: Site) -> str:
+    """The site's name: its module's path, or the node's name if the graph knows no modules."""
+    return site_name(site.path, site.ordinal) if site.path else site.node.name
+
+
+class _Shapes(fx.Interpreter):
+    """Gives every node a fake value whose sizes are symbols, from one sample of the inputs."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=True)
+        # Equal sizes in one sample need not be equal in the next: no duck shaping.
+        self.mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+
+    def symbolic(self, value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        dynamic = [DimDynamic.DYNAMIC] * value.dim()
+        context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
+            dynamic_sizes=dynamic
+        )
+        return self.mode.from_tensor(value, symbolic_context=context)
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor) and not isinstance(result, FakeTensor):
+            result = self.mode.from_tensor(result, static_shapes=True)
+        if n.op != "output" and isinstance(result, Tensor | torch.SymInt | int | float | bool):
+            n.meta["val"] = result
+        return result
+
+
+def _with_shapes(gm: fx.GraphModule, sample: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+    """Annotate the graph's nodes with fake values; of no effect if tracing did already."""
+    if any("val" in node.meta or "example_value" in node.meta for node in gm.graph.nodes):
+        return
+    shapes = _Shapes(gm)
+    args = [shapes.symbolic(a) for a in _positional(gm, *sample)]
+    with shapes.mode, torch.no_grad():
+        shapes.run(*args)
+
+
+def _positional(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """A call's arguments in the order of the graph's placeholders."""
+    given, rest = [], list(args)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            if rest:
+                given.append(rest.pop(0))
+            elif str(node.target) in kwargs:
+                given.append(kwargs[str(node.target)])
+            elif node.args:
+                given.append(node.args[0])
+    return given
+
+
+def _copied(gm: fx.GraphModule, source: fx.Graph) -> fx.GraphModule:
+    """The module with a copy of a graph; parameters and buffers are shared."""
+    graph = fx.Graph()
+    output = graph.graph_copy(source, {})
+    graph.output(output)
+    graph._codegen = copy.deepcopy(source._codegen)
+    return fx.GraphModule(gm, graph)
+
+
+@contextmanager
+def watching(
+    model: Traced, observer: Observer, rule: Rule, sample: tuple[tuple[Any, ...], dict[str, Any]]
+) -> Iterator[tuple[nn.Module, dict[str, str]]]:
+    """A copy of the program whose attention is observed, and the sites left out, with reasons."""
+    state = state_of(model)
+    if isinstance(model, ExportedProgram):
+        program = model if state is None else state.previous
+        assert isinstance(program, ExportedProgram), "set when it was optimized"
+        gm = program.module()
+        assert isinstance(gm, fx.GraphModule), "the module of an exported program"
+    else:
+        graph = model.graph if state is None else state.previous
+        assert isinstance(graph, fx.Graph), "set when it was optimized"
+        gm = _copied(model, graph)
+        _with_shapes(gm, sample)
+    sites = find(gm)
+    good = [s for s in sites if s.reason is None and s.node.graph is gm.graph]
+    handles = observer.open([name_of(s) for s in good], device=device_of(gm, torch.device("cpu")))
+    chosen = {}
+    for i, site in enumerate(good):
+        gm.register_buffer(names("observer", i), handles[name_of(site)], persistent=False)
+        with gm.graph.inserting_before(site.node):
+            chosen[site] = _attribute(gm, names("observer", i))
+    instrument(chosen, rule)
+    gm.recompile()
+    dense = {name_of(s): s.reason or _NESTED for s in sites if s not in good}
+    with torch.no_grad():
+        yield gm, dense
+
+
+_NESTED = "it is inside a sub-graph of a higher-order operator"
+
+
+def _attribute(gm: fx.GraphModule, name: str) -> fx.Node:
+    node = gm.graph.get_attr(name)
+    example = next(iter(gm.graph.nodes)).meta.get("val")
+    mode = example.fake_mode if isinstance(example, FakeTensor) else None
+    buffer = gm.get_buffer(name)
+    if mode is not None:
+        node.meta["val"] = mode.from_tensor(buffer, static_shapes=True)
+    return node
+
+
+@torch.inference_mode(mode=False)
+def apply(
+    model: Traced, state: State, sample: tuple[tuple[Any, ...], dict[str, Any]] | None
+) -> Traced:
+    """Rewrite a graph module in place, or make a new exported program."""
+    if isinstance(model, ExportedProgram):
+        return _apply_exported(model, state)
+    state.previous = model.graph
+    gm = _copied(model, model.graph)
+    if sample is not None:
+        _with_shapes(gm, sample)
+    device = device_of(model, torch.device("cpu"))
+
+    def place(i: int, site: Site, values: Mapping[str, Tensor]) -> tuple[fx.Node, fx.Node]:
+        nodes = []
+        for kind, value in values.items():
+            for module in (model, gm):
+                module.register_buffer(names(kind, i), value, persistent=False)
+            with gm.graph.inserting_before(site.node):
+                nodes.append(_attribute(gm, names(kind, i)))
+        return nodes[0], nodes[1]
+
+    for i, name in enumerate(_rewrite(gm, state, device, place)):
+        state.homes[name] = (weakref.ref(model), names("thresholds", i), names("counters", i))
+    for node in gm.graph.nodes:
+        if sample is not None:
+            node.meta.pop("val", None)
+    model.graph = gm.graph
+    model.recompile()
+    remember(model, state)
+    return model
+
+
+def _rewrite(gm: fx.GraphModule, state: State, device: torch.device, place: Any) -> list[str]:
+    """Rewrite the sites that have thresholds; their names, in the order of their buffers."""
+    chosen: dict[Site, Buffers] = {}
+    found = []
+    for site in find(gm):
+        name = name_of(site)
+        values = state.thresholds.values.get(name)
+        reason = site.reason or (UNKNOWN if values is None else None)
+        if reason is None and site.node.graph is not gm.graph:
+            reason = _NESTED
+        found.append((name, reason))
+        if reason is None and values is not None:
+            buffers = {
+                "thresholds": to_bits(values, _columns(state), device),
+                "counters": torch.zeros(len(values), 2, dtype=torch.int64, device=device),
+            }
+            thresholds, counters = place(len(chosen), site, buffers)
+            chosen[site] = Buffers(thresholds=thresholds, counters=counters)
+    state.sites = {name: Seen() for name in state.thresholds.values}
+    state.record(found)
+    rewrite(chosen, state.rule)
+    return [name_of(site) for site in chosen]
+
+
+def _columns(state: State) -> int:
+    seen = [value.shape[1] for value in state.thresholds.values.values()]
+    if state.calibration is not None:
+        seen += [len(site.reached) for site in state.calibration.sites.values()]
+    return max(seen, default=1)
+
+
+def _apply_exported(program: ExportedProgram, state: State) -> ExportedProgram:
+    gm = copy.deepcopy(program.graph_module)
+    signature = copy.deepcopy(program.graph_signature)
+    tensors = dict(program.state_dict)
+    device = next((t.device for t in tensors.values()), torch.device("cpu"))
+    lifted = [spec.kind in _LIFTED for spec in signature.input_specs]
+    holders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+    def place(i: int, site: Site, values: Mapping[str, Tensor]) -> tuple[fx.Node, fx.Node]:
+        nodes = []
+        for kind, value in values.items():
+            at = sum(lifted)
+            before = (
+                holders[at]
+                if at < len(holders)
+                else next(node for node in gm.graph.nodes if node.op != "placeholder")
+            )
+            with gm.graph.inserting_before(before):
+                node = gm.graph.placeholder(f"b_{names(kind, i)}")
+            node.meta["val"] = _mode_of(site.node).from_tensor(value, static_shapes=True)
+            holders.insert(at, node)
+            lifted.insert(at, True)
+            signature.input_specs.insert(
+                at,
+                InputSpec(
+                    kind=InputKind.BUFFER,
+                    arg=TensorArgument(name=node.name),
+                    target=names(kind, i),
+                    persistent=True,
+                ),
+            )
+            tensors[names(kind, i)] = value
+            nodes.append(node)
+        return nodes[0], nodes[1]
+
+    placed = _rewrite(gm, state, device, place)
+    gm.recompile()
+    made = program._update(gm, signature, state_dict=tensors)
+    state.previous = program
+    for i, name in enumerate(placed):
+        state.homes[name] = (weakref.ref(made), names("thresholds", i), names("counters", i))
+    remember(made, state)
+    return made
+
+
+_LIFTED = (InputKind.PARAMETER, InputKind.BUFFER)
+
+
+def _mode_of(node: fx.Node) -> FakeTensorMode:
+    value = node.meta["val"]
+    assert isinstance(value, FakeTensor), "exported nodes carry fake tensors"
+    return value.fake_mode
+
+
+def undo(model: Traced, state: State | None) -> Traced:
+    """The program as it was: a graph module in place, an exported program the original."""
+    if state is None:
+        if isinstance(model, ExportedProgram) and any("bsfa_" in name for name in model.state_dict):
+            raise BsfaError(
+                "this exported program was optimized in another process, which kept the original: "
+                "load the original program instead"
+            )
+        return model
+    forget(model)
+    if isinstance(model, ExportedProgram):
+        assert isinstance(state.previous, ExportedProgram), "set when it was optimized"
+        return state.previous
+    for name in [n for n in model._buffers if n.startswith("bsfa_")]:
+        delattr(model, name)
+    assert isinstance(state.previous, fx.Graph), "set when it was optimized"
+    model.graph = state.previous
+    model.recompile()
+    return model
