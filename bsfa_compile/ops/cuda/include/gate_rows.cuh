@@ -1,0 +1,190 @@
+// The rows of the int8 gate: what a thread knows of its query rows, how they are quantised, and the
+// keep rule on a block of dot products. Macros of gate.cu.
+#include "base.cuh"
+#include "halves.cuh"
+#include "numeric.cuh"
+#include "spans.cuh"
+
+#define K_STEPS ((HEAD_DIM + 31) / 32)  // int8 wgmma steps along the head dim
+#define HIDDEN (-(1 << 30))             // a dot product that the mask hides
+#define KEY_NORM_FACTOR 1.1547005383792515f  // 4 standard deviations of rounding: 4 / sqrt(12)
+
+struct Scale {
+  float scale, softcap;  // of q.k; softcap only with SOFTCAP
+};
+
+// One query row as a thread sees it; the four lanes of a quad hold the same values.
+struct Row {
+  float a, t, m;
+  float bound;  // m + min(t, 0): below it the row changes nothing
+  DEVICE void settle() { bound = m + (RELATIVE && t > 0.f ? 0.f : t); }
+#if SOFTCAP
+  float unit, shift;  // score = cap tanh((dot + shift) unit / cap), and t, m in natural units
+#endif
+};
+
+// The row's score for dot product x in a tile of this scale; with the margin, its statistic + m.
+DEVICE float score_of(const Scale& p, const Row& r, float scale_k, int x) {
+#if SOFTCAP
+  return p.softcap * tanh_exp((scale_k * (float)x + r.shift) * r.unit / p.softcap);
+#else
+  return scale_k * (float)x;
+#endif
+}
+DEVICE float reach_of(const Scale& p, const Row& r, float scale_k, float margin, int x) {
+#if SOFTCAP
+  return fmaf(margin, r.unit, score_of(p, r, scale_k, x));
+#else
+  return fmaf(scale_k, (float)x, margin);
+#endif
+}
+
+// This thread's two row maxima over its 16 columns of tile TILE.
+template <int R, int TILE> DEVICE void tile_max(const int (&s)[R], int& a, int& b) {
+  a = max(s[TILE * 32], s[TILE * 32 + 1]);
+  b = max(s[TILE * 32 + 2], s[TILE * 32 + 3]);
+#pragma unroll
+  for (int i = 1; i < 8; i++) {
+    a = __vimax3_s32(a, s[TILE * 32 + i * 4], s[TILE * 32 + i * 4 + 1]);
+    b = __vimax3_s32(b, s[TILE * 32 + i * 4 + 2], s[TILE * 32 + i * 4 + 3]);
+  }
+}
+
+// Scores that the mask hides become HIDDEN. `position`: of the thread's first row (second: + 8).
+template <int R>
+DEVICE void hide(int (&s)[R], const Shape& shape, int batch, int tile, int position, int lane) {
+  int hi[2], lo[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    hi[r] = key_high_of(shape, position + 8 * r) - tile * BLOCK_K - (lane & 3) * 2;
+    lo[r] = key_low_of(shape, position + 8 * r) - tile * BLOCK_K - (lane & 3) * 2;
+  }
+#pragma unroll
+  for (int t = 0; t < R / 32; t++) {
+    const bool inside = (tile + t) * BLOCK_K < shape.k_len;
+    const u64 keys = PADDED && inside ? pad_bits(shape, batch, tile + t) >> (lane & 3) * 2 : ~0ull;
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+      const int r = i >> 1 & 1, c = i / 4 * 8 + (i & 1);
+      const bool seen = t * 64 + c < hi[r] && (!WINDOW || t * 64 + c >= lo[r]) &&
+                        (!PADDED || (keys >> c & 1));
+      if (!seen) s[t * 32 + i] = HIDDEN;
+    }
+  }
+}
+
+// Reads rows `row` and `row + 8` of Q and rounds them into the A fragments of K_STEPS wgmmas.
+DEVICE void quantise(const Scale& p, u32 q_smem, int row, int lane, const float* mean_gmem,
+                     u32 (&a)[K_STEPS * 4], Row (&out)[2], float threshold) {
+  uint2 raw[K_STEPS * 4];
+  const int g = lane >> 2, pair = lane & 3;
+#pragma unroll
+  for (int i = 0; i < K_STEPS * 4; i++) {
+    const int step = i / 4, half = i / 2 % 2, r = i % 2;  // fragment order: row, row + 8, k + 16
+    const int chunk = (step & 1) * 4 + half * 2 + (pair >> 1);
+    raw[i] = load_shared_pair(q_smem + (step >> 1) * (BLOCK_Q * 128) + (row + r * 8) * 128 +
+                              ((chunk ^ g) << 4) + (pair & 1) * 8);
+  }
+  float peak[2] = {}, square[2] = {}, with_mean[2] = {};
+#pragma unroll
+  for (int i = 0; i < K_STEPS * 4; i++) {
+    const int r = i % 2;
+    float x[4];
+    unpack_16bit(raw[i].x, x[0], x[1]);
+    unpack_16bit(raw[i].y, x[2], x[3]);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      peak[r] = fmaxf(peak[r], fabsf(x[e]));
+      square[r] = fmaf(x[e], x[e], square[r]);
+    }
+    if (!RELATIVE || SOFTCAP) {
+      const float4 mean = __ldg((const float4*)(mean_gmem + i / 4 * 32 + i / 2 % 2 * 16) + pair);
+      with_mean[r] += x[0] * mean.x + x[1] * mean.y + x[2] * mean.z + x[3] * mean.w;
+    }
+  }
+  float sq[2], inverse[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    peak[r] = quad_max(peak[r]);
+    square[r] = quad_sum(square[r]);
+    sq[r] = fmaxf(__fdiv_rn(peak[r], 127.f), 1.17549435e-38f);
+    inverse[r] = reciprocal(sq[r]);
+    // Not a number or infinite somewhere: NaN in t keeps every tile.
+    const bool finite = square[r] < __int_as_float(0x7f800000);
+    const float unit = finite ? sq[r] * p.scale : __int_as_float(0x7fffffff);
+    out[r].a = sqrtf(square[r]) * KEY_NORM_FACTOR * inverse[r];
+    out[r].m = RELATIVE ? NEG_INF : -quad_sum(with_mean[r]) * inverse[r];
+    out[r].t = threshold * reciprocal(unit);
+#if SOFTCAP
+    out[r].unit = unit;
+    out[r].shift = quad_sum(with_mean[r]) * inverse[r];
+    out[r].m = RELATIVE ? NEG_INF : 0.f;
+    out[r].t = finite ? threshold : unit;
+#endif
+  }
+#pragma unroll
+  for (int i = 0; i < K_STEPS * 4; i++) {
+    // Unpacked anew: kept as floats from above, they would not fit the registers.
+    asm volatile("" : "+r"(raw[i].x), "+r"(raw[i].y));
+    float x[4];
+    unpack_16bit(raw[i].x, x[0], x[1]);
+    unpack_16bit(raw[i].y, x[2], x[3]);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      // One Newton step makes the product the correctly rounded quotient, as the reference's is;
+      // adding 1.5 2^23 rounds it to a whole number, which then stands in the low bits.
+      const float guess = x[e] * inverse[i % 2];
+      const float quotient = fmaf(fmaf(-guess, sq[i % 2], x[e]), inverse[i % 2], guess);
+      x[e] = quotient + 12582912.f;
+    }
+    const u32 low = __byte_perm(__float_as_uint(x[0]), __float_as_uint(x[1]), 0x0040);
+    const u32 high = __byte_perm(__float_as_uint(x[2]), __float_as_uint(x[3]), 0x0040);
+    a[i] = __byte_perm(low, high, 0x5410);
+  }
+}
+
+// Raises a row's running maximum to the largest dot product of a tile, if the row sees any of it.
+DEVICE void raise(const Scale& p, Row& row, float scale_k, int top) {
+  if (top > HIDDEN) row.m = fmaxf(row.m, score_of(p, row, scale_k, top));
+}
+
+// Decides the tiles of one block of 64 rows x TILES tiles in visiting order, the last first.
+// Returns the tiles that pass for this lane's rows. x: the thread's row maxima in each tile; all:
+// skip the vote on the whole block.
+template <int TILES>
+DEVICE u32 decide(const Scale& p, const int (&x)[TILES][2], Row (&row)[2],
+                  const float (&scale_k)[TILES], const float (&margin)[TILES][2],
+                  bool all) {
+  bool some = all || SOFTCAP;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float reach = NEG_INF;
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+      reach = max_nan(reach, reach_of(p, row[r], scale_k[t], margin[t][r], x[t][r]));
+    some |= !(reach < row[r].bound);
+  }
+  if (!__any_sync(FULL_WARP, some)) return 0;
+  int top[TILES][2];
+#pragma unroll
+  for (int t = 0; t < TILES; t++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) top[t][r] = max(x[t][r], __shfl_xor_sync(FULL_WARP, x[t][r], 1));
+#pragma unroll
+  for (int t = 0; t < TILES; t++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) top[t][r] = max(top[t][r], __shfl_xor_sync(FULL_WARP, top[t][r], 2));
+  u32 bits = 0;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+#pragma unroll
+    for (int t = TILES - 1; t >= 0; t--) {
+      const float reach = reach_of(p, row[r], scale_k[t], margin[t][r], top[t][r]);
+      if (top[t][r] > HIDDEN && !(reach < row[r].m + row[r].t)) bits |= 1u << t;
+      if (RELATIVE) raise(p, row[r], scale_k[t], top[t][r]);
+    }
+    row[r].settle();
+  }
+  return bits;
+}
+

@@ -1,0 +1,357 @@
+// The gate in int8: decides from Q.K alone which tiles attention will visit, one bit a tile.
+//
+// A work item is two units, each one q block (128 rows) of one query head, of the same kv head: a
+// consumer warpgroup owns a unit, quantises its Q from shared memory into registers once, and runs
+// both 64-row halves over every slot of K that the loader brings (SLOT_KEYS keys, both warpgroups
+// read the same slot). Scores are integers; a row's are worth sq * scale each, so everything is
+// compared in that unit: with x the row's largest dot product in tile j,
+//     keep  <=>  not (sk_j x + margin < m + T / (sq scale)),  margin = sk_j a + kn_j
+// where a and kn_j carry the rounding error of reference.int8_scores, and m is the row's running
+// maximum (relative) or minus its q.mean(K) (absolute), which centring K took away.
+// Since margin >= 0 and T <= 0, a row that does not pass changes neither mask nor m. So a block of
+// 64 rows x SLOT_KEYS keys needs one vote of all lanes, and only where some row passes the shuffles
+// and the tile by tile test. (T > 0 is voted on as if it were 0.)
+//
+// Macros: HEAD_DIM, BF16, CAUSAL, WINDOW, PADDED, RELATIVE, SOFTCAP.
+#include "base.cuh"
+#include "spans.cuh"
+#include "gate_rows.cuh"
+#include "mbarrier.cuh"
+#include "tma.cuh"
+#include "warps.cuh"
+#include "wgmma.cuh"
+
+#define ROW_BYTES (HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 128 : 256)  // an int8 row of K
+#define SLAB_BYTES (ROW_BYTES < 128 ? ROW_BYTES : 128)  // its part in one swizzled slab
+#define K_SLABS (ROW_BYTES / SLAB_BYTES)
+// 256 keys a slot need 128 accumulators; 128 keys leave registers for wide heads and rich masks.
+#define PLAIN (HEAD_DIM <= 128 && !WINDOW && !PADDED && !SOFTCAP)
+#define SLOT_TILES (PLAIN ? 4 : 2)
+#define SLOT_KEYS (SLOT_TILES * BLOCK_K)
+#define SLOT_BYTES (SLOT_KEYS * ROW_BYTES)
+#define GROUP_TILES 4
+#define GROUP_META 8
+#define META_BYTES (GROUP_META * 4)
+#define Q_SLABS ((HEAD_DIM + 63) / 64)
+#define UNIT_BYTES (Q_SLABS * BLOCK_Q * 128)
+#define ACCUMULATORS (SLOT_KEYS / 2)
+// A lane of each warpgroup: 504 in all, which is what the kernel starts with; asking for more
+// waits forever.
+#define LOADER_REGISTERS 56
+#define CONSUMER_REGISTERS 224
+
+// Shared memory: barriers, item records, tile metadata of each slot; Q of both units; K slots.
+#define SMEM_LIMIT 232448
+#define FIT ((SMEM_LIMIT - 1024 - 2 * UNIT_BYTES) / SLOT_BYTES)
+#define SLOTS (FIT < 8 ? FIT : 8)
+#define K_FULL 0
+#define K_EMPTY 64
+#define Q_FULL 128
+#define Q_EMPTY 136
+#define ITEM_FULL 144
+#define ITEM_EMPTY 160
+#define ITEM 192
+#define META 320
+#define Q_AT 1024
+#define K_AT (Q_AT + 2 * UNIT_BYTES)
+
+struct Params {
+  Shape shape;
+  Order order;
+  const float* thresholds_gmem;  // [H, columns], natural-log units
+  const float* meta_gmem;        // [B*Hkv, groups, GROUP_META] (quantise.cu)
+  const float* mean_gmem;        // [B*Hkv, ROW_BYTES]
+  u32* mask_gmem;                // [B, H, rows, words], zero on entry
+  int* counter_gmem;             // zero on entry
+  int columns, groups, heads, kv_heads, items;
+  Scale scale;
+};
+
+struct Unit {
+  Span span;
+  int row, head, batch;  // mask row
+  float threshold;
+  bool exists;
+  // Nothing to compute: no rows, no keys, or everything is kept.
+  DEVICE bool idle() const {
+    return !exists || span.tile_hi <= span.tile_lo || threshold == NEG_INF;
+  }
+};
+
+// Unit `which` of the pair that stands at place.x of kv head place.y (batch rows unrolled).
+DEVICE Unit unit_of(const Params& p, int q_start, int2 place, int which) {
+  const int per_kv = p.heads / p.kv_heads, index = 2 * place.x + which;
+  Unit u;
+  u.exists = index < p.shape.rows * per_kv;
+  u.row = u.exists ? p.shape.rows - 1 - index / per_kv : -1;
+  u.batch = place.y / p.kv_heads;
+  u.head = place.y % p.kv_heads * per_kv + index % per_kv;
+  u.span = span_of(p.shape, q_start, u.row);
+  return u;
+}
+
+DEVICE float threshold_of(const Params& p, const Unit& u) {
+  if (!u.exists) return NEG_INF;
+  return p.thresholds_gmem[u.head * p.columns + min(u.span.block, p.columns - 1)];
+}
+
+DEVICE int pairs_of(const Params& p) {
+  return (p.shape.rows * (p.heads / p.kv_heads) + 1) / 2;
+}
+
+// Queues S = Q.K for 64 rows and the keys from k_smem on; slabs of K are `keys` rows high.
+template <int R>
+DEVICE void multiply(int (&s)[R], const u32 (&a)[K_STEPS * 4], u32 k_smem, int keys) {
+  wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < K_STEPS; i++) {
+    const u64 b = k_major<SLAB_BYTES>(k_smem, i / 4 * keys * SLAB_BYTES + i % 4 * 32);
+    if (i == 0) wgmma_s8<false>(s, a, b);
+    else wgmma_s8<true>(s, a + i * 4, b);
+  }
+  wgmma_commit();
+}
+
+DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap* k_map,
+                       const TensorMap* k_tile_map, u32 smem) {
+  const int q_start = start_of(p.shape), pairs = pairs_of(p);
+  u32 slot = 0, empty = 1;
+  for (int it = 0, loaded = 0;; it++) {
+    const int item = atomicAdd(p.counter_gmem, 1), s = it & 1;
+    const u32 record = smem + ITEM + 64 * s;
+    barrier_wait(smem + ITEM_EMPTY + 8 * s, (it >> 1 & 1) ^ 1);
+    int lo = 0, hi = -1, sink_lo = 0, sink_hi = 0;
+    const int2 place = place_of(p.order, pairs, min(item, p.items - 1));
+    Unit unit[2];
+    if (item < p.items) {
+#pragma unroll
+      for (int w = 0; w < 2; w++) {
+        unit[w] = unit_of(p, q_start, place, w);
+        unit[w].threshold = threshold_of(p, unit[w]);
+        store_shared(record + 20, unit[w].batch);
+        store_shared(record + 32 + 12 * w, unit[w].row);
+        store_shared(record + 36 + 12 * w, unit[w].head);
+        store_shared(record + 40 + 12 * w, __float_as_uint(unit[w].threshold));
+        if (unit[w].idle()) continue;
+        const int low = unit[w].span.tile_lo, high = unit[w].span.tile_hi;
+        const int first = bounds_of(p.shape, unit[w].batch).x;
+        const int from = max(low, first), to = min(high, first + p.shape.sink_tiles);
+        const bool alone = hi < lo, no_sink = sink_hi <= sink_lo;
+        lo = alone ? low / SLOT_TILES : min(lo, low / SLOT_TILES);
+        hi = alone ? (high - 1) / SLOT_TILES : max(hi, (high - 1) / SLOT_TILES);
+        if (RELATIVE && from < to) {
+          sink_lo = no_sink ? from : min(sink_lo, from);
+          sink_hi = no_sink ? to : max(sink_hi, to);
+        }
+      }
+    }
+    store_shared(record, item < p.items ? place.y : -1);
+    store_shared(record + 4, lo);
+    store_shared(record + 8, hi);
+    store_shared(record + 12, sink_lo);
+    store_shared(record + 16, sink_hi);
+    barrier_arrive(smem + ITEM_FULL + 8 * s);
+    if (item >= p.items) break;
+    if (hi < lo) continue;
+
+    barrier_wait(smem + Q_EMPTY, (loaded & 1) ^ 1);
+    loaded++;
+    barrier_expect(smem + Q_FULL, (!unit[0].idle() + !unit[1].idle()) * UNIT_BYTES);
+#pragma unroll
+    for (int w = 0; w < 2; w++) {
+      if (unit[w].idle()) continue;
+      for (int d = 0; d < Q_SLABS; d++)
+        tma_load(smem + Q_AT + w * UNIT_BYTES + d * BLOCK_Q * 128, q_map, smem + Q_FULL, d * 64,
+                 unit[w].span.row0, unit[w].head, unit[w].batch);
+    }
+    const float* meta_gmem = p.meta_gmem + (i64)place.y * p.groups * GROUP_META;
+    // The running maximum wants the sink tiles first, then from the last visible tile downwards.
+    for (int n = 0; n < sink_hi - sink_lo + hi - lo + 1; n++) {
+      const bool sink = n < sink_hi - sink_lo;
+      const int tile = sink ? sink_lo + n : (hi - (n - (sink_hi - sink_lo))) * SLOT_TILES;
+      const u32 full = smem + K_FULL + 8 * slot, to = smem + K_AT + slot * SLOT_BYTES;
+      barrier_wait(smem + K_EMPTY + 8 * slot, empty);
+      barrier_expect(full, (sink ? BLOCK_K * ROW_BYTES : SLOT_BYTES) + META_BYTES);
+      bulk_load(smem + META + 64 * slot, meta_gmem + tile / GROUP_TILES * GROUP_META, META_BYTES,
+                full);
+#pragma unroll
+      for (int d = 0; d < K_SLABS; d++)
+        tma_load(to + d * (sink ? BLOCK_K : SLOT_KEYS) * SLAB_BYTES, sink ? k_tile_map : k_map, full,
+                 d * SLAB_BYTES, tile * BLOCK_K, place.y, 0);
+      if (++slot == SLOTS) slot = 0, empty ^= 1;
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    gate(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+         const __grid_constant__ TensorMap k_tile_map, const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) u8 dynamic_smem[];
+  const u32 smem = shared_address(dynamic_smem);
+  const int warpgroup = __shfl_sync(FULL_WARP, threadIdx.x >> 7, 0), lane = threadIdx.x & 31;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < SLOTS; i++) {
+      barrier_init(smem + K_FULL + 8 * i, 1);
+      barrier_init(smem + K_EMPTY + 8 * i, 8);
+    }
+    barrier_init(smem + Q_FULL, 1);
+    barrier_init(smem + Q_EMPTY, 8);
+    for (int i = 0; i < 2; i++) {
+      barrier_init(smem + ITEM_FULL + 8 * i, 1);
+      barrier_init(smem + ITEM_EMPTY + 8 * i, 256);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  if (warpgroup == 0) {
+    registers_down<LOADER_REGISTERS>();
+    if (threadIdx.x == 0) load_items(p, &q_map, &k_map, &k_tile_map, smem);
+    return;
+  }
+  registers_up<CONSUMER_REGISTERS>();
+  const int which = warpgroup - 1, warp = threadIdx.x >> 5 & 3;
+  const int q_start = start_of(p.shape);
+  u32 slot = 0, full = 0;
+  for (int it = 0, loaded = 0;; it++) {
+    barrier_wait(smem + ITEM_FULL + 8 * (it & 1), it >> 1 & 1);
+    const u32 record = smem + ITEM + 64 * (it & 1);
+    const int kv = load_shared(record), lo = load_shared(record + 4), hi = load_shared(record + 8);
+    const int sink_lo = load_shared(record + 12), sinks = load_shared(record + 16) - sink_lo;
+    Unit unit;
+    unit.batch = load_shared(record + 20);
+    unit.row = load_shared(record + 32 + 12 * which);
+    unit.head = load_shared(record + 36 + 12 * which);
+    unit.threshold = load_shared_float(record + 40 + 12 * which);
+    unit.exists = unit.row >= 0;
+    barrier_arrive(smem + ITEM_EMPTY + 8 * (it & 1));
+    if (kv < 0) break;
+    unit.span = span_of(p.shape, q_start, unit.row);
+    const Span& span = unit.span;
+    u32* mask = p.mask_gmem +
+                (((i64)unit.batch * p.heads + unit.head) * p.shape.rows + unit.row) * p.shape.words;
+    if (unit.exists && unit.threshold == NEG_INF)  // keeps all it sees
+      for (int w = span.tile_lo / 32 + warp; w * 32 < span.tile_hi; w += 4) {
+        const u32 seen = __ballot_sync(FULL_WARP, visible(p.shape, span, unit.batch, w * 32 + lane));
+        if (lane == 0) mask[w] = seen;
+      }
+    if (hi < lo) continue;
+
+    const bool idle = unit.idle();
+    u32 a[2][K_STEPS * 4];
+    Row row[2][2];
+    const int row0 = warp * 16 + (lane >> 2);
+    barrier_wait(smem + Q_FULL, loaded++ & 1);
+    if (!idle) {
+#pragma unroll
+      for (int f = 0; f < 2; f++) {
+        quantise(p.scale, smem + Q_AT + which * UNIT_BYTES, f * 64 + row0, lane,
+                 p.mean_gmem + (i64)kv * ROW_BYTES, a[f], row[f], unit.threshold);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const int position = span.low + f * 64 + row0 + r * 8;
+          bool votes = position >= span.first && position <= span.last;
+          if (PADDED && CAUSAL && votes && position < p.shape.k_len)
+            votes = pad_bits(p.shape, unit.batch, position / 64) >> position % 64 & 1;
+          // m = +inf loses every comparison; as does a finite t then.
+          if (!votes) row[f][r].m = __int_as_float(0x7f800000), row[f][r].t = row[f][r].a = 0.f;
+          row[f][r].settle();
+        }
+      }
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(smem + Q_EMPTY);
+
+    const int2 bounds = bounds_of(p.shape, unit.batch);
+    const int top = (span.tile_hi - 1) / SLOT_TILES, bottom = span.tile_lo / SLOT_TILES;
+    u32 word = 0;
+    // Slots bring the sink tiles one by one (n < sinks), then groups of tiles downwards.
+#pragma unroll 1
+    for (int n = 0; n < sinks; n++) {
+      const u32 k_smem = smem + K_AT + slot * SLOT_BYTES, meta = smem + META + 64 * slot;
+      barrier_wait(smem + K_FULL + 8 * slot, full);
+      if (RELATIVE && !idle) {
+        const float scale_k = load_shared_float(meta + (sink_lo + n) % GROUP_TILES * 4);
+#pragma unroll
+        for (int f = 0; f < 2; f++) {
+          int s[32], x[2];
+          multiply(s, a[f], k_smem, BLOCK_K);
+          wgmma_wait<0>();
+          pin(s);
+          hide(s, p.shape, unit.batch, sink_lo + n, span.low + f * 64 + row0, lane);
+          tile_max<32, 0>(s, x[0], x[1]);
+#pragma unroll
+          for (int r = 0; r < 2; r++) {
+            x[r] = max(x[r], __shfl_xor_sync(FULL_WARP, x[r], 1));
+            x[r] = max(x[r], __shfl_xor_sync(FULL_WARP, x[r], 2));
+            raise(p.scale, row[f][r], scale_k, x[r]);
+            row[f][r].settle();
+          }
+        }
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(smem + K_EMPTY + 8 * slot);
+      if (++slot == SLOTS) slot = 0, full ^= 1;
+    }
+#pragma unroll 1
+    for (int group = hi; group >= lo; group--) {
+      const u32 k_smem = smem + K_AT + slot * SLOT_BYTES, meta = smem + META + 64 * slot;
+      const u32 empty = smem + K_EMPTY + 8 * slot;
+      barrier_wait(smem + K_FULL + 8 * slot, full);
+      if (++slot == SLOTS) slot = 0, full ^= 1;
+      if (idle || group > top || group < bottom) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(empty);
+        continue;
+      }
+      const int tile = group * SLOT_TILES;
+      bool edge = group == top;
+      if (WINDOW || PADDED)
+#pragma unroll 1
+        for (int t = 0; t < SLOT_TILES; t++)
+          edge |= tile + t < span.tile_hi && cut(p.shape, span, unit.batch, tile + t);
+      float scale_k[SLOT_TILES], norm_k[SLOT_TILES];
+#pragma unroll
+      for (int t = 0; t < SLOT_TILES; t++) {
+        scale_k[t] = load_shared_float(meta + (tile % GROUP_TILES + t) * 4);
+        norm_k[t] = load_shared_float(meta + 16 + (tile % GROUP_TILES + t) * 4);
+      }
+      u32 bits = 0;
+#pragma unroll
+      for (int f = 0; f < 2; f++) {
+        int s[ACCUMULATORS], x[SLOT_TILES][2];
+        float margin[SLOT_TILES][2];
+        multiply(s, a[f], k_smem, SLOT_KEYS);
+#pragma unroll
+        for (int t = 0; t < SLOT_TILES; t++)
+#pragma unroll
+          for (int r = 0; r < 2; r++) {
+            margin[t][r] = fmaf(scale_k[t], row[f][r].a, norm_k[t]);
+            asm volatile("" : "+f"(margin[t][r]));  // here, while the product is under way
+          }
+        wgmma_wait<0>();
+        pin(s);
+        if (f == 1 && lane == 0) barrier_arrive(empty);
+        if (edge) hide(s, p.shape, unit.batch, tile, span.low + f * 64 + row0, lane);
+        tile_max<ACCUMULATORS, 0>(s, x[0][0], x[0][1]);
+        tile_max<ACCUMULATORS, 1>(s, x[1][0], x[1][1]);
+#if PLAIN
+        tile_max<ACCUMULATORS, 2>(s, x[2][0], x[2][1]);
+        tile_max<ACCUMULATORS, 3>(s, x[3][0], x[3][1]);
+#endif
+        bits |= decide(p.scale, x, row[f], scale_k, margin, edge);
+      }
+      word |= bits << tile % 32;
+      if (tile % 32 == 0 || group == bottom) {
+        const int j = tile / 32 * 32 + lane;
+        const bool seen = visible(p.shape, span, unit.batch, j);
+        const u32 visibles = __ballot_sync(FULL_WARP, seen);
+        const u32 always = __ballot_sync(FULL_WARP, seen && always_kept(p.shape, span, bounds, j));
+        word = (__reduce_or_sync(FULL_WARP, word) & visibles) | always;
+        if (lane == 0 && word) atomicOr(mask + tile / 32, word);
+        word = 0;
+      }
+    }
+  }
+}
