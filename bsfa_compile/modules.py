@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import reset_code
 
-from bsfa_compile.backend import Inner, Rewriter, Watcher, install
+from bsfa_compile.backend import Inner, Rewriter
 from bsfa_compile.calibrate.observer import Observer
 from bsfa_compile.errors import InputError
+from bsfa_compile.install import install
 from bsfa_compile.passes.attach import reload, unload
 from bsfa_compile.passes.rewrite import Rule
 from bsfa_compile.state import State, forget
+from bsfa_compile.watch import Watcher
 
 # Graphs per frame before Dynamo gives up: lengths, modes and caches of a served model add up.
 RECOMPILES = 64
@@ -46,8 +48,10 @@ def _compile(model: nn.Module, backend: Callable[..., Any], **options: Any) -> N
 
 
 def _forget_code(model: nn.Module) -> None:
-    """Drop what Dynamo compiled for the forwards of the model's classes: after graph breaks its
-    frames are theirs. Other models of these classes compile again."""
+    """Drop what Dynamo compiled for the forwards of the model's classes.
+
+    After graph breaks the frames are theirs. Other models of these classes compile again.
+    """
     for kind in {type(module) for module in model.modules()}:
         forward: Any = kind.forward
         while forward is not None:

@@ -89,7 +89,8 @@ def optimize(
         calibration=calibration,
         strict=strict,
     )
-    return _applied(model, state, compiled, example, fullgraph=fullgraph, dynamic=dynamic)
+    made = _applied(model, state, compiled, example, fullgraph=fullgraph, dynamic=dynamic)
+    return cast(Model, made)
 
 
 def calibrate(
@@ -143,7 +144,8 @@ def apply(
         strict=strict,
     )
     compiled = Inner(inner, mode, options, dynamic)
-    return _applied(model, state, compiled, sample, fullgraph=fullgraph, dynamic=dynamic)
+    made = _applied(model, state, compiled, sample, fullgraph=fullgraph, dynamic=dynamic)
+    return cast(Model, made)
 
 
 def revert(model: Model) -> Model:
@@ -269,9 +271,9 @@ def _length(data: Samples) -> int | None:
 
 def _applied(model: Any, state: State, inner: Inner, example: Call | None, **options: Any) -> Any:
     """The model with the state; what an earlier `optimize` did is undone first."""
-    if isinstance(model, _TRACED):
-        return traced.apply(revert(model), state, example)
     if state_of(model) is not None:
-        revert(model)
+        model = revert(model)
+    if isinstance(model, _TRACED):
+        return traced.apply(model, state, example)
     modules.compile_in_place(modules.plain(model), state, inner, **options)
     return model

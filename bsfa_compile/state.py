@@ -18,7 +18,7 @@ from bsfa_compile.errors import UnsupportedError
 from bsfa_compile.passes.eligible import DECODE
 from bsfa_compile.passes.rewrite import Rule
 
-
+UNCALIBRATED = "it has no thresholds: calibration never reached it as a supported site"
 Home = nn.Module | torch.export.ExportedProgram  # what holds a site's buffers
 
 
@@ -62,6 +62,14 @@ class State:
 
     def __post_init__(self) -> None:
         self.given = self.thresholds  # `thresholds` changes when the model is retargeted
+
+    @property
+    def columns(self) -> int:
+        """Columns of the thresholds buffers: enough for any target of the calibration."""
+        wide = [values.shape[1] for values in self.thresholds.values.values()]
+        if self.calibration is not None:
+            wide += [len(site.reached) for site in self.calibration.sites.values()]
+        return max(wide, default=1)
 
     def record(self, found: Iterable[tuple[str, str | None]]) -> None:
         """Note the sites of a compiled graph: (name, reason to be dense or None).

@@ -17,76 +17,29 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
 
 from bsfa_compile.calibrate.observer import Observer
 from bsfa_compile.errors import BsfaError
 from bsfa_compile.passes.attach import device_of, names, to_bits
 from bsfa_compile.passes.rewrite import Buffers, Rule, instrument, rewrite
+from bsfa_compile.passes.shapes import annotate
 from bsfa_compile.passes.sites import Site, find
-from bsfa_compile.state import Seen, State, forget, remember, site_name, state_of
+from bsfa_compile.state import (
+    UNCALIBRATED,
+    Seen,
+    State,
+    forget,
+    remember,
+    site_name,
+    state_of,
+)
 
 Traced = fx.GraphModule | ExportedProgram
-UNKNOWN = "it has no thresholds: calibration never reached it as a supported site"
 
 
 def name_of(site: Site) -> str:
     """The site's name: its module's path, or the node's name if the graph knows no modules."""
     return site_name(site.path, site.ordinal) if site.path else site.node.name
-
-
-class _Shapes(fx.Interpreter):
-    """Gives every node a fake value whose sizes are symbols, from one sample of the inputs."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm, garbage_collect_values=True)
-        # Equal sizes in one sample need not be equal in the next: no duck shaping.
-        self.mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
-
-    def symbolic(self, value: object) -> object:
-        if not isinstance(value, Tensor):
-            return value
-        dynamic = [DimDynamic.DYNAMIC] * value.dim()
-        context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
-            dynamic_sizes=dynamic
-        )
-        return self.mode.from_tensor(value, symbolic_context=context)
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor) and not isinstance(result, FakeTensor):
-            result = self.mode.from_tensor(result, static_shapes=True)
-        if n.op != "output" and isinstance(result, Tensor | torch.SymInt | int | float | bool):
-            n.meta["val"] = result
-        return result
-
-
-def _with_shapes(gm: fx.GraphModule, sample: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-    """Annotate the graph's nodes with fake values; of no effect if tracing did already."""
-    if any("val" in node.meta or "example_value" in node.meta for node in gm.graph.nodes):
-        return
-    shapes = _Shapes(gm)
-    args = [shapes.symbolic(a) for a in _positional(gm, *sample)]
-    with shapes.mode, torch.no_grad():
-        shapes.run(*args)
-
-
-def _positional(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """A call's arguments in the order of the graph's placeholders."""
-    given, rest = [], list(args)
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            if rest:
-                given.append(rest.pop(0))
-            elif str(node.target) in kwargs:
-                given.append(kwargs[str(node.target)])
-            elif node.args:
-                given.append(node.args[0])
-    return given
 
 
 def _copied(gm: fx.GraphModule, source: fx.Graph) -> fx.GraphModule:
@@ -113,7 +66,7 @@ def watching(
         graph = model.graph if state is None else state.previous
         assert isinstance(graph, fx.Graph), "set when it was optimized"
         gm = _copied(model, graph)
-        _with_shapes(gm, sample)
+        annotate(gm, sample)
     sites = find(gm)
     good = [s for s in sites if s.reason is None and s.node.graph is gm.graph]
     handles = observer.open([name_of(s) for s in good], device=device_of(gm, torch.device("cpu")))
@@ -152,7 +105,7 @@ def apply(
     state.previous = model.graph
     gm = _copied(model, model.graph)
     if sample is not None:
-        _with_shapes(gm, sample)
+        annotate(gm, sample)
     device = device_of(model, torch.device("cpu"))
 
     def place(i: int, site: Site, values: Mapping[str, Tensor]) -> tuple[fx.Node, fx.Node]:
@@ -182,13 +135,13 @@ def _rewrite(gm: fx.GraphModule, state: State, device: torch.device, place: Any)
     for site in find(gm):
         name = name_of(site)
         values = state.thresholds.values.get(name)
-        reason = site.reason or (UNKNOWN if values is None else None)
+        reason = site.reason or (UNCALIBRATED if values is None else None)
         if reason is None and site.node.graph is not gm.graph:
             reason = _NESTED
         found.append((name, reason))
         if reason is None and values is not None:
             buffers = {
-                "thresholds": to_bits(values, _columns(state), device),
+                "thresholds": to_bits(values, state.columns, device),
                 "counters": torch.zeros(len(values), 2, dtype=torch.int64, device=device),
             }
             thresholds, counters = place(len(chosen), site, buffers)
@@ -197,13 +150,6 @@ def _rewrite(gm: fx.GraphModule, state: State, device: torch.device, place: Any)
     state.record(found)
     rewrite(chosen, state.rule)
     return [name_of(site) for site in chosen]
-
-
-def _columns(state: State) -> int:
-    seen = [value.shape[1] for value in state.thresholds.values.values()]
-    if state.calibration is not None:
-        seen += [len(site.reached) for site in state.calibration.sites.values()]
-    return max(seen, default=1)
 
 
 def _apply_exported(program: ExportedProgram, state: State) -> ExportedProgram:
@@ -242,6 +188,9 @@ def _apply_exported(program: ExportedProgram, state: State) -> ExportedProgram:
         return nodes[0], nodes[1]
 
     placed = _rewrite(gm, state, device, place)
+    for spec, node in zip(signature.output_specs, gm.graph.output_node().args[0], strict=True):
+        if isinstance(spec.arg, TensorArgument):  # it may be an attention that was replaced
+            spec.arg = TensorArgument(name=node.name)
     gm.recompile()
     made = program._update(gm, signature, state_dict=tensors)
     state.previous = program

@@ -18,8 +18,9 @@ from bsfa_compile.ops.call import Call, Gate, Result, empty_out, lse_dtype
 from bsfa_compile.ops.gate import always_kept, kept_tiles, raw_scores, score_dtype, statistic
 from bsfa_compile.ops.quantise import QuantisedKeys, int8_block_scores, quantise_keys
 from bsfa_compile.ops.tiles import pack, unpack
+from bsfa_compile.ops.visible import unpadded_limits
 
-SCORES_AT_ONCE = 2**26  # elements; heads are taken in turns to stay below it
+SCORES_AT_ONCE = 2**24  # elements; heads are taken in turns to stay below it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,24 +39,10 @@ class Block:
     votes: Tensor | None  # [B, block_q]
 
 
-def unpadded_limits(call: Call, batch: int, device: torch.device) -> Tensor:
-    """`tiles.unpadded_tiles` as a tensor [B, 2], computed on the device."""
-    g, mask = call.geometry, call.key_padding_mask
-    tiles = torch.arange(g.k_blocks, device=device)
-    if mask is None or g.k_blocks == 0:
-        first = torch.zeros(batch, dtype=torch.int64, device=device)
-        return torch.stack((first, first + g.k_blocks), dim=1)
-    held = F.pad(mask, (0, g.k_blocks * g.block_k - g.k_len))
-    held = held.view(batch, g.k_blocks, g.block_k).any(dim=2)
-    stop = torch.where(held, tiles + 1, 0).amax(dim=1)
-    first = torch.where(held, tiles, g.k_blocks).amin(dim=1)
-    return torch.stack((torch.minimum(first, stop), stop), dim=1)
-
-
 def blocks(call: Call, batch: int, device: torch.device) -> Iterator[Block]:
     """The mask rows that hold any visible tile (all of them if only the device knows q_start)."""
     g, padding = call.geometry, call.key_padding_mask
-    limits = unpadded_limits(call, batch, device)
+    limits = unpadded_limits(call, batch, device).expand(batch, 2)
     for i in range(g.q_blocks if g.k_blocks and g.q_len else 0):
         start: int | Tensor = g.q_start
         tile0, tile1 = g.tiles(i)

@@ -18,7 +18,7 @@ from bsfa_compile.ops.gate import candidates, row_votes
 from bsfa_compile.ops.tiles import Geometry
 
 LOG2E = math.log2(math.e)
-SCORES_AT_ONCE = 2**21  # elements of the score buffer: a few MB, the size of a cache
+SCORES_AT_ONCE = 2**20  # elements of the score buffer: a few MB, the size of a cache
 HEADROOM = 64.0  # how far scores may exceed the base before it is moved
 UNSET = -1e30  # base of a row that has seen nothing: below every score, but finite
 

@@ -28,19 +28,28 @@ def attention(
     """Attention over the tiles that the gate keeps; over all of them without a gate, or, if
     `dense_if_faster` allows it, where keeping all is faster."""
     can_be_dense = dense.reason(q, k, v, call) is None
-    if can_be_dense and gate is None and q.device.type == "cpu":
-        return dense.attention(q, k, v, call)
-    if can_be_dense and dense_if_faster and _dense_by_shape(q, k, gate):
-        return dense.attention(q, k, v, call)
+    if gate is None or (dense_if_faster and can_be_dense and _dense_by_shape(q, k, gate)):
+        return _dense(q, k, v, call, can_be_dense=can_be_dense)
     if q.device.type == "cpu":
-        if can_be_dense and dense_if_faster and gate is not None:
+        if dense_if_faster and can_be_dense:
             return _cpu_by_sample(q, k, v, call, gate)
         return _sparse(q, k, v, call, gate)
     if launch.supported(q, k, v, call, gate) is None:
         return launch.attention(q, k, v, call, gate, dense_if_faster=dense_if_faster)
-    if can_be_dense and (gate is None or dense_if_faster):
+    if dense_if_faster and can_be_dense:  # chunks of torch operations are slower
         return dense.attention(q, k, v, call)
     return chunked.attention(q, k, v, call, gate=gate)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call, *, can_be_dense: bool) -> Result:
+    """Every tile kept. On CUDA torch's fused kernels are the fastest where they need no mask, our
+    own where they would."""
+    masked = call.key_padding_mask is not None or call.geometry.window is not None
+    if can_be_dense and (q.device.type == "cpu" or not masked):
+        return dense.attention(q, k, v, call)
+    if q.device.type == "cuda" and launch.supported(q, k, v, call, None) is None:
+        return launch.attention(q, k, v, call, None)
+    return dense.attention(q, k, v, call) if can_be_dense else _sparse(q, k, v, call, None)
 
 
 def tile_mask(q: Tensor, k: Tensor, call: Call, gate: Gate) -> tuple[Tensor, Tensor]:
@@ -83,10 +92,10 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | Non
     return chunked.attention(q, k, v, call, gate=gate)
 
 
-def _dense_by_shape(q: Tensor, k: Tensor, gate: Gate | None) -> bool:
+def _dense_by_shape(q: Tensor, k: Tensor, gate: Gate) -> bool:
     """Whether dense is faster whatever the scores are; reads thresholds on the CPU only."""
     least = CPU_TOKENS if q.device.type == "cpu" else CUDA_TOKENS
-    if gate is None or q.shape[2] < least or k.shape[2] < least:
+    if q.shape[2] < least or k.shape[2] < least:
         return True
     return q.device.type == "cpu" and bool((gate.thresholds == -torch.inf).all())
 

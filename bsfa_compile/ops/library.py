@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bsfa_compile.errors import BsfaError
 from bsfa_compile.ops import dispatch
 from bsfa_compile.ops.call import Gate, empty_out, lse_dtype, make_call
 from bsfa_compile.ops.tiles import mask_rows, mask_words
@@ -148,6 +149,23 @@ def _attend_backward_formula(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tu
     return *_gradients(ctx, grad_out, grad_lse), *[None] * 10
 
 
+def _lower(x: Tensor) -> Tensor:
+    """As autocast does for attention: to the dtype in force, float64 excepted."""
+    eligible = x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(x.device.type)) if eligible else x
+
+
+def _autocast_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    with torch.autocast(q.device.type, enabled=False):
+        return attention(_lower(q), _lower(k), _lower(v), *rest)
+
+
+def _twice(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise BsfaError(
+        "block-sparse attention cannot be differentiated twice; leave out create_graph=True."
+    )
+
+
 _REAL: dict[str, Callable[..., Any]] = {
     "attention_v1": _attention,
     "gate_v1": _gate,
@@ -164,6 +182,8 @@ for _name, _function in _REAL.items():
     _LIBRARY.impl(_name, _function, "CPU")
     _LIBRARY.impl(_name, _function, "CUDA")
     torch.library.register_fake(f"bsfa::{_name}", _FAKE[_name], lib=_LIBRARY)
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("attention_v1", _autocast_attention, f"Autocast{_device}")
 _LIBRARY.impl("site_v1", _site, "CompositeExplicitAutograd")
 torch.library.register_autograd(
     "bsfa::attention_v1", _attention_backward, setup_context=_attention_context, lib=_LIBRARY
@@ -171,6 +191,7 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "bsfa::attend_v1", _attend_backward_formula, setup_context=_attend_context, lib=_LIBRARY
 )
+torch.library.register_autograd("bsfa::attend_backward_v1", _twice, lib=_LIBRARY)
 
 attention = torch.ops.bsfa.attention_v1.default
 gate = torch.ops.bsfa.gate_v1.default

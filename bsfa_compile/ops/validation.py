@@ -35,18 +35,19 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; wanted one "
                 f"dtype and one device. Convert with {name}.to(q)."
             )
-    shapes = f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)}"
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
         raise InputError(
-            f"{shapes} do not belong together; wanted one batch size, and k and v alike in batch, "
-            f"heads and length."
+            f"{_shapes(q, k, v)} do not belong together; wanted one batch size, and k and v alike "
+            f"in batch, heads and length."
         )
     if q.shape[3] != k.shape[3] or q.shape[3] == 0:
-        raise InputError(f"{shapes}: q and k must have the same head_dim, at least 1.")
+        raise InputError(
+            f"{_shapes(q, k, v)}: q and k must have the same head_dim, at least 1."
+        )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise InputError(
-            f"{shapes}: {q.shape[1]} query heads over {k.shape[1]} key heads; wanted a multiple. "
-            f"Is the layout [batch, heads, length, head_dim]?"
+            f"{_shapes(q, k, v)}: {q.shape[1]} query heads over {k.shape[1]} key heads; wanted a "
+            f"multiple. Is the layout [batch, heads, length, head_dim]?"
         )
 
 
@@ -137,6 +138,10 @@ def check_name(name: str, value: str, names: tuple[str, ...]) -> None:
     """One of a few words."""
     if value not in names:
         raise InputError(f"{name} is {value!r}; wanted one of {', '.join(map(repr, names))}.")
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)}"
 
 
 def _shape(x: Tensor) -> str:

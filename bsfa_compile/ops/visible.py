@@ -1,7 +1,8 @@
 """All tiles of a call at once: which are visible, which of them are droppable.
 
 Needed where nothing is dropped (dense attention), for the tile mask and the counts. Computed on
-the device without waiting for it; the case without padding is remembered on the CPU.
+the device without waiting for it. Decode has one or two mask rows and must be quick: there the
+host knows the tiles and fills in the words.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch.nn import functional as F
 
 from bsfa_compile.ops.call import Call
 from bsfa_compile.ops.gate import always_kept
-from bsfa_compile.ops.tiles import Geometry, pack
+from bsfa_compile.ops.tiles import WORD, Geometry, mask_words, pack
+
+FEW_ROWS = 4
 
 
 def unpadded_limits(call: Call, batch: int, device: torch.device) -> Tensor:
@@ -62,26 +65,46 @@ def visible_tiles(call: Call, batch: int, device: torch.device) -> tuple[Tensor,
     return visible, visible & ~always_kept(g, low, j, stop, limits)
 
 
+def _signed(bits: int) -> int:
+    """A word of 32 bits as int32."""
+    return bits - 2**32 if bits >= 2**31 else bits
+
+
+def _fill(words: Tensor, start: int, stop: int) -> None:
+    """Set tiles [start, stop) in words [..., n] that are zero: few operations, no host copy."""
+    first, last = start // WORD, (stop - 1) // WORD
+    head, tail = -1 << start % WORD, (1 << (stop - 1) % WORD + 1) - 1
+    if first == last:
+        words[..., first] = _signed(head & tail)
+        return
+    words[..., first : last + 1] = -1
+    if start % WORD:
+        words[..., first] = head
+    if stop % WORD:
+        words[..., last] = _signed(tail)
+
+
 @functools.lru_cache(maxsize=256)
-def _remembered(geometry: Geometry) -> tuple[Tensor, int]:
-    """Packed visible tiles [1, 1, q_blocks, words] and the number of droppable ones."""
-    call = Call(
-        geometry=geometry, q_start_tensor=None, key_padding_mask=None, scale=1.0, softcap=None
-    )
-    visible, droppable = visible_tiles(call, 1, torch.device("cpu"))
-    return pack(visible[None]), int(droppable.sum())
+def _droppable(geometry: Geometry) -> int:
+    """How many droppable tiles a call without padding has, per head and batch row."""
+    runs = (geometry.droppable(i) for i in range(geometry.q_blocks))
+    return sum(stop - start for start, stop in runs)
 
 
 def nothing_dropped(call: Call, q: Tensor) -> tuple[Tensor, Tensor]:
     """Tile mask (packed) and counts of a call on q [B, H, Lq, D] that keeps every tile."""
-    batch, heads = q.shape[:2]
-    counts = torch.zeros(heads, 2, dtype=torch.int64, device=q.device)
-    plain = call.key_padding_mask is None and call.q_start_tensor is None
-    if plain and q.device.type == "cpu":
-        words, candidates = _remembered(call.geometry)
-        counts[:, 1] = candidates * batch
+    g, (batch, heads) = call.geometry, q.shape[:2]
+    words = q.new_zeros(batch, heads, g.q_blocks, mask_words(g.k_len, g.block_k), dtype=torch.int32)
+    counts = q.new_zeros(heads, 2, dtype=torch.int64)
+    if call.key_padding_mask is None and call.q_start_tensor is None:
+        counts[:, 1] = _droppable(g) * batch
+        if g.q_blocks <= FEW_ROWS:
+            for i in range(g.q_blocks):
+                if g.tiles(i) != (0, 0):
+                    _fill(words[:, :, i], *g.tiles(i))
+            return words, counts
+        visible, _ = visible_tiles(call, batch, q.device)
     else:
         visible, droppable = visible_tiles(call, batch, q.device)
-        words = pack(visible[:, None])
         counts[:, 1] = droppable.sum() * (batch // len(droppable) if batch else 0)
-    return words.new_empty(batch, heads, *words.shape[2:]).copy_(words), counts
+    return words.copy_(pack(visible[:, None])), counts

@@ -7,6 +7,7 @@ mask shows, or the reason why it cannot.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -22,6 +23,7 @@ from bsfa_compile.passes.domain import (
     Opaque,
     Select,
     Table,
+    Value,
     as_select,
     complement,
     known,
@@ -75,31 +77,59 @@ class Meaning:
     padding_read: Read | None = None
 
 
-def recognise(mask: fx.Node, site: fx.Node, q_len: object, k_len: object) -> Meaning | str:
-    """The meaning of `mask`, attn_mask of the attention node `site`; a reason if unknown.
+@dataclass(frozen=True, kw_only=True)
+class Fill:
+    """scores.masked_fill(condition, value): a mask that is not added but filled in."""
 
-    q_len, k_len: sizes (int or SymInt) of the attention's query and key axes.
+    condition: fx.Node
+    value: object
+
+
+def recognise(
+    masks: Sequence[fx.Node | Fill], site: fx.Node, q_len: object, k_len: object
+) -> Meaning | str:
+    """The meaning of all `masks` of the attention node `site` together; a reason if unknown.
+
+    A node is a mask that attn_mask of SDPA could be. q_len, k_len: sizes (int or SymInt) of the
+    attention's query and key axes.
     """
+    run = Interpreter()
+    total: Value = Num(0.0)
+    for mask in masks:
+        found = run.run(mask) if isinstance(mask, fx.Node) else _filled(run, mask)
+        found = upright(as_select(found))
+        total = found if len(masks) == 1 else rules_logic.added(total, found)
+        if isinstance(total, Opaque):
+            return total.reason
+    if isinstance(total, Num) and known(total.value):
+        shows = total.value is True or (not isinstance(total.value, bool) and total.value == 0)
+        return Meaning() if shows else "the attention mask is one number everywhere"
+    if isinstance(total, Table):
+        return total.why
+    if not isinstance(total, Select):
+        return "the attention mask is a bias that depends on positions or data"
+    nodes = [mask if isinstance(mask, fx.Node) else mask.condition for mask in masks]
+    for node in nodes:
+        if (why := _wrong_shape(node, q_len, k_len)) is not None:
+            return why
+    meaning = _meaning(total, run, as_expr(q_len) - as_expr(k_len))
+    return meaning if isinstance(meaning, str) else _with_reads(meaning, run, nodes, site)
+
+
+def _filled(run: Interpreter, fill: Fill) -> Value:
+    return rules_logic.choose(run.run(fill.condition), run.run(fill.value), Num(0.0))
+
+
+def _wrong_shape(mask: fx.Node, q_len: object, k_len: object) -> str | None:
     fake = tensor(mask)
     if fake is None:
         return "the graph does not know the shape of the attention mask"
-    run = Interpreter()
-    found = upright(as_select(run.run(mask)))
-    if isinstance(found, Opaque):
-        return found.reason
-    if isinstance(found, Num) and known(found.value):
-        shows = found.value is True or (not isinstance(found.value, bool) and found.value == 0)
-        return Meaning() if shows else "the attention mask is one number everywhere"
-    if not isinstance(found, Select):
-        return "the attention mask is a bias that depends on positions or data"
     if fake.dim() not in (2, 4) or (fake.dim() == 4 and not is_one(fake.shape[1])):
         return "the attention mask differs between heads"
-    if not same(fake.shape[-1], k_len) or not (
-        same(fake.shape[-2], q_len) or is_one(fake.shape[-2])
-    ):
+    rows = same(fake.shape[-2], q_len) or is_one(fake.shape[-2])
+    if not same(fake.shape[-1], k_len) or not rows:
         return "the attention mask does not have the shape of the scores"
-    meaning = _meaning(found, run, as_expr(q_len) - as_expr(k_len))
-    return meaning if isinstance(meaning, str) else _with_reads(meaning, run, mask, site)
+    return None
 
 
 def _meaning(found: Select, run: Interpreter, beyond: sympy.Expr) -> Meaning | str:
@@ -122,9 +152,11 @@ def _meaning(found: Select, run: Interpreter, beyond: sympy.Expr) -> Meaning | s
     if len(tables) > 1:
         return "the attention mask joins several padding masks"
     if additive and hidden != -math.inf:
-        # A row that sees nothing would get the mean of all values, not zero.
+        # A row that sees nothing would get the mean of all values, not zero. If each query's own
+        # key is there, only queries that are padding themselves see nothing.
         outside = number(sympy.expand(meaning.q_start + beyond))
-        if tables or (meaning.window is not None and not (known(outside) and outside <= 0)):
+        own_key = meaning.is_causal and known(outside) and outside <= 0
+        if not own_key and (tables or meaning.window is not None):
             return "the attention mask adds finite numbers where rows may see nothing"
     if not tables:
         return meaning
@@ -163,7 +195,9 @@ def _distinct(limits: list[sympy.Expr]) -> list[sympy.Expr]:
     return list(dict.fromkeys(sympy.expand(limit) for limit in limits))
 
 
-def _with_reads(meaning: Meaning, run: Interpreter, mask: fx.Node, site: fx.Node) -> Meaning | str:
+def _with_reads(
+    meaning: Meaning, run: Interpreter, masks: Sequence[fx.Node], site: fx.Node
+) -> Meaning | str:
     """Refuse masks written in place; note where the tensors that the operator reads are read."""
     at = positions(site.graph)
     scalars = {s: n for s, n in run.scalars.items() if meaning.q_start.has(s)}
@@ -178,7 +212,7 @@ def _with_reads(meaning: Meaning, run: Interpreter, mask: fx.Node, site: fx.Node
     reads = {}
     for leaf, family in families.items():
         readers = [n for n in run.values if any(i in family for i in n.all_input_nodes)]
-        if mask in family or not readers:
+        if not family.isdisjoint(masks) or not readers:
             readers.append(site)
         first, last = min(readers, key=at.__getitem__), max(readers, key=at.__getitem__)
         if any(at[first] <= at[w] < at[last] for w in writers(leaf)):

@@ -23,10 +23,11 @@ VIEWS = _words(
 )
 # Operations on tensors without side effects: what is left of a replaced attention may be deleted.
 PURE = VIEWS | _words(
-    "_assert_tensor_metadata _to_copy abs add and arange bitwise_and bitwise_not bitwise_or clone"
-    " cumsum diff eq fill full full_like ge gt index invert le logical_and logical_not logical_or"
-    " lt masked_fill mul ne neg new_full new_ones new_zeros ones ones_like or pad repeat"
-    " repeat_interleave rsub scalar_tensor sub tril triu where zeros zeros_like"
+    "_assert_tensor_metadata _to_copy abs add and arange bitwise_and bitwise_not bitwise_or bmm"
+    " clone cumsum diff div dropout eq fill full full_like ge gt index invert le logical_and"
+    " logical_not logical_or lt masked_fill matmul mul ne neg new_full new_ones new_zeros ones"
+    " ones_like or pad repeat repeat_interleave rsub scalar_tensor softmax sub tanh tril triu"
+    " truediv where zeros zeros_like"
 )
 _INPLACE_OPERATORS = _words(
     "setitem delitem iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv"

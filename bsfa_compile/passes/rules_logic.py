@@ -51,11 +51,18 @@ def _add(run: Interpreter, node: fx.Node) -> Value:
         return Distance(1 if a.axis == KEY else -1, a.offset - b.offset)
     if isinstance(a, Distance) and isinstance(b, Num) and not a.absolute:
         return Distance(a.sign, a.offset + sign * sympy.sympify(b.value))
+    return added(a, b) if sign > 0 else _arithmetic(a, b, lambda x, y: x - y)
+
+
+def added(a: Value, b: Value) -> Value:
+    """The sum of two numbers or masks: hidden where either hides.
+
+    Where both hide, only the weaker of their numbers is promised.
+    """
     a, b = domain.upright(as_select(a)), domain.upright(as_select(b))
-    if sign > 0 and _hides(a) and _hides(b) and isinstance(a, Select) and isinstance(b, Select):
-        # Hidden where either hides; only the weaker of the numbers is promised.
+    if _hides(a) and _hides(b) and isinstance(a, Select) and isinstance(b, Select):
         return Select(a.atoms | b.atoms, a.on, max(a.off, b.off))
-    return _arithmetic(a, b, lambda x, y: x + sign * y)
+    return _arithmetic(a, b, lambda x, y: x + y)
 
 
 def _hides(a: Value) -> bool:
@@ -172,16 +179,16 @@ def _invert(run: Interpreter, node: fx.Node) -> Value:
 def _where(run: Interpreter, node: fx.Node) -> Value:
     if len(node.args) < 3:
         return Opaque("the attention mask uses where without values")
-    return _choose(*(run.run(a) for a in node.args[:3]))
+    return choose(*(run.run(a) for a in node.args[:3]))
 
 
 @rule("masked_fill")
 def _masked_fill(run: Interpreter, node: fx.Node) -> Value:
     source, where, filling = (run.run(a) for a in node.args[:3])
-    return _choose(where, filling, source)
+    return choose(where, filling, source)
 
 
-def _choose(where: Value, yes: Value, no: Value) -> Value:
+def choose(where: Value, yes: Value, no: Value) -> Value:
     """`yes` where the condition holds, else `no`."""
     where, yes, no = as_select(where), as_select(yes), as_select(no)
     if isinstance(where, Num) and isinstance(where.value, bool):

@@ -1,9 +1,9 @@
-"""Find attention in a graph: every site, what it computes, or the reason why it stays dense."""
+"""Find attention in a graph, also written out: what it computes, or why it stays dense."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import fx
 from bsfa_compile.passes import eligible
 from bsfa_compile.passes.emit import realisable
 from bsfa_compile.passes.heads import unrepeated
-from bsfa_compile.passes.masks import Meaning, recognise
+from bsfa_compile.passes.masks import Fill, Meaning, recognise
 from bsfa_compile.passes.nodes import op_name, tensor
+from bsfa_compile.passes.written import Written, match
 
 SDPA = frozenset(
     (
@@ -62,16 +63,18 @@ class Site:
     reason: str | None = None
 
 
-def graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    """The graph module and those that its higher-order operators call."""
-    yield gm
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            inner: object = gm
-            for name in str(node.target).split("."):
-                inner = getattr(inner, name, None)
-            if isinstance(inner, fx.GraphModule):
-                yield from graphs(inner)
+def graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """The graph module and those that its higher-order operators call, each once."""
+    found = [gm]
+    for part in found:
+        for node in part.graph.nodes:
+            if node.op == "get_attr":
+                inner: object = part
+                for name in str(node.target).split("."):
+                    inner = getattr(inner, name, None)
+                if isinstance(inner, fx.GraphModule) and all(inner is not f for f in found):
+                    found.append(inner)
+    return found
 
 
 def owner(node: fx.Node) -> tuple[str, str]:
@@ -97,15 +100,19 @@ def find(gm: fx.GraphModule) -> list[Site]:
     found, calls = [], Counter[str]()
     for part in graphs(gm):
         for node in part.graph.nodes:
-            if node.op != "call_function":
+            if node.op not in ("call_function", "call_method"):
                 continue
-            if node.target in SDPA:
-                key, path = owner(node)
-                found.append(_site(node, key, path, calls[key]))
-                calls[key] += 1
-            elif (why := _other_attention(node)) is not None:
-                key, path = owner(node)
-                found.append(Site(node=node, module=key, path=path, ordinal=0, reason=why))
+            written = match(node) if op_name(node) == "softmax" else None
+            other = None if node.target in SDPA else _other_attention(node)
+            if node.target not in SDPA and written is None and other is None:
+                continue
+            key, path = owner(node)
+            bare = Site(node=node, module=key, path=path, ordinal=calls[key], reason=other)
+            calls[key] += 1
+            if written is not None:
+                found.append(_written_site(replace(bare, node=written.out), written))
+            else:
+                found.append(_site(bare) if other is None else bare)
     return found
 
 
@@ -123,18 +130,35 @@ def arguments(node: fx.Node) -> Mapping[str, Any]:
     return {**_DEFAULTS, **dict(zip(_ARGUMENTS, node.args, strict=False)), **node.kwargs}
 
 
-def _site(node: fx.Node, key: str, path: str, ordinal: int) -> Site:
-    given = arguments(node)
-    bare = Site(node=node, module=key, path=path, ordinal=ordinal)
-    q, k, v = given["query"], given["key"], given["value"]
+def _site(bare: Site) -> Site:
+    """The site of an SDPA call."""
+    given = arguments(bare.node)
+    causal = given["is_causal"] is True
+    masks = [] if given["attn_mask"] is None else [given["attn_mask"]]
+    return _understood(bare, given, masks, causal=causal)
+
+
+def _written_site(bare: Site, written: Written) -> Site:
+    """The site of attention that is written out."""
+    if written.reason is not None:
+        return replace(bare, reason=written.reason)
+    given = {"query": written.q, "key": written.k, "value": written.v, "scale": written.scale}
+    found = _understood(bare, {**_DEFAULTS, **given}, written.masks, causal=False)
+    return replace(found, softcap=written.softcap)
+
+
+def _understood(
+    bare: Site, given: Mapping[str, Any], masks: list[fx.Node | Fill], *, causal: bool
+) -> Site:
+    """The site with its inputs and the meaning of its masks, or with a reason."""
+    node, q, k, v = bare.node, given["query"], given["key"], given["value"]
     fake_q, fake_k = tensor(q), tensor(k)
     why = eligible.reason(given)
     if why is not None or fake_q is None or fake_k is None:
         return replace(bare, reason=why)
-    meaning: Meaning | str = Meaning(is_causal=given["is_causal"])
-    mask = given["attn_mask"]
-    if mask is not None:
-        meaning = recognise(mask, node, fake_q.shape[2], fake_k.shape[2])
+    meaning: Meaning | str = Meaning(is_causal=causal)
+    if masks:
+        meaning = recognise(masks, node, fake_q.shape[2], fake_k.shape[2])
         if isinstance(meaning, Meaning) and not realisable(meaning, node):
             meaning = "the position of the first query cannot be computed from the graph"
     if isinstance(meaning, str):
