@@ -1,0 +1,19 @@
+"""Hypothesis profiles: dev (default), ci (more, always the same), soak (many, random)."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+_SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+settings.register_profile(
+    "dev", deadline=None, max_examples=15, suppress_health_check=_SLOW_IS_FINE
+)
+settings.register_profile(
+    "ci", deadline=None, max_examples=40, derandomize=True, suppress_health_check=_SLOW_IS_FINE
+)
+settings.register_profile(
+    "soak", deadline=None, max_examples=2000, suppress_health_check=_SLOW_IS_FINE
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))

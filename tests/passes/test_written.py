@@ -1,0 +1,181 @@
+"""Attention written out as matmul, softmax, matmul: taken over where the operator can do it all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bsfa_compile as bsfa
+from bsfa_compile.calibrate import Thresholds
+from bsfa_compile.ops import reference
+from bsfa_compile.ops.tiles import Geometry
+from bsfa_compile.passes.sites import find
+from tests import toy
+from tests.passes.test_sites import Attend, expanded, graph_of, interleaved
+
+LENGTH = 80
+SCALE = 8**-0.5
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def hidden(q: Tensor, k: Tensor) -> Tensor:
+    return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+
+
+def bias(q: Tensor, k: Tensor) -> Tensor:
+    return torch.zeros(q.shape[2], k.shape[2], dtype=q.dtype).masked_fill(hidden(q, k), -math.inf)
+
+
+def added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = expanded(k), expanded(v)
+    scores = torch.matmul(q, k.transpose(2, 3)) * SCALE
+    return torch.matmul(F.softmax(scores + bias(q, k), dim=-1), v)
+
+
+def filled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = interleaved(k), interleaved(v)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(8)
+    scores = scores.masked_fill(hidden(q, k), -math.inf)
+    return F.dropout(scores.softmax(dim=-1), 0.1, training=False) @ v
+
+
+def filled_with_a_low_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = interleaved(k), interleaved(v)
+    scores = (q * SCALE) @ k.transpose(-1, -2)
+    shown = (~hidden(q, k))[None, None].int()
+    scores = scores.masked_fill(shown == 0, -1e9)
+    return torch.softmax(scores, dim=3).type_as(q) @ v
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = expanded(k), expanded(v)
+    scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * SCALE / 9.0) * 9.0
+    weights = F.softmax(scores.float() + bias(q, k).float(), dim=-1, dtype=torch.float64)
+    return torch.matmul(weights.to(q.dtype), v)
+
+
+def cap_of(attend: object) -> float | None:
+    return 9.0 if attend is capped else None
+
+
+@pytest.mark.parametrize("attend", [added, filled, filled_with_a_low_number, capped])
+def test_written_out_attention_becomes_sparse(attend: Callable[..., Tensor]) -> None:
+    module, x = Attend(attend), toy.sample(LENGTH)
+    dense = toy.run(module, x)
+    (site,) = find(graph_of(module, x))
+    assert site.reason is None
+    assert site.k is not None
+    assert site.k.meta["example_value"].shape[1] == 2  # before the heads are repeated
+    assert site.softcap == cap_of(attend)
+    open_ = Thresholds(values={"(model)": torch.full((4, 1), -math.inf)}, **toy.BLOCKS)
+    bsfa.apply(module, open_, fullgraph=True, **toy.EAGER)
+    assert torch.allclose(toy.run(module, x), dense, atol=1e-5)
+    values = torch.tensor([[-0.1], [-0.2], [-0.3], [-0.4]])
+    bsfa.retarget(module, Thresholds(values={"(model)": values}, **toy.BLOCKS))
+    got = toy.run(module, x)
+    (rate,) = toy.skipped(module).values()
+    wanted, wanted_rate = by_reference(module, x, values, cap_of(attend))
+    assert torch.allclose(got, wanted)
+    assert rate == pytest.approx(wanted_rate)
+    assert wanted_rate > 0
+
+
+def by_reference(
+    module: Attend, x: Tensor, values: Tensor, softcap: float | None
+) -> tuple[Tensor, float]:
+    found: dict[str, Any] = {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        g = Geometry(q_len=LENGTH, k_len=LENGTH, is_causal=True, **toy.BLOCKS)
+        options: dict[str, Any] = {"scale": SCALE, "softcap": softcap}
+        kept, every, least = (
+            reference.tile_mask(q, k, bar, g, **options)
+            for bar in (values.double(), values - math.inf, values + math.inf)
+        )
+        found["rate"] = int((every & ~kept).sum()) / int((every & ~least).sum())
+        return reference.attention(q, k, v, kept, g, **options)[0]
+
+    other = Attend(attend)
+    other.load_state_dict(module.state_dict())
+    return toy.run(other, x), found["rate"]
+
+
+def weights_returned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = F.softmax(q[:, :2] @ k.transpose(2, 3) + bias(q, k), dim=-1)
+    return weights @ v + weights.sum()
+
+
+def sink_column(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q[:, :2] @ k.transpose(2, 3) + bias(q, k)
+    scores = torch.cat([scores, torch.zeros_like(scores[..., :1])], dim=-1)
+    return F.softmax(scores, dim=-1)[..., :-1] @ v
+
+
+def position_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])[None, :]
+    scores = q[:, :2] @ k.transpose(2, 3) + distance.clamp(0, 5).to(q.dtype)
+    return F.softmax(scores, dim=-1) @ v
+
+
+def mask_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmax((q[:, :2] @ k.transpose(2, 3) + bias(q, k)) * 2.0, dim=-1) @ v
+
+
+def weights_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q[:, :2] @ k.transpose(2, 3) + bias(q, k)
+    return (F.softmax(scores, dim=-1) * 0.5) @ v
+
+
+def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("bhqd,bhkd->bhqk", q[:, :2], k) + bias(q, k)
+    return torch.einsum("bhqk,bhkd->bhqd", F.softmax(scores, dim=-1), v)
+
+
+def overwritten(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k = k.clone()
+    scores = q[:, :2] @ k.transpose(2, 3) + bias(q, k)
+    k.zero_()
+    return F.softmax(scores, dim=-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason"),
+    [
+        (weights_returned, "used elsewhere"),
+        (sink_column, "'getitem'"),
+        (position_bias, "'clamp'"),
+        (mask_scaled, "scales its mask"),
+        (weights_scaled, "'mul'"),
+        (einsum, "'einsum'"),
+        (overwritten, "overwritten"),
+    ],
+)
+def test_other_forms_stay_dense_and_say_why(attend: Callable[..., Tensor], reason: str) -> None:
+    module, x = Attend(attend), toy.sample(LENGTH)
+    (site,) = find(graph_of(module, x))
+    assert site.reason is not None
+    assert reason in site.reason
+
+
+class Router(nn.Module):
+    """A softmax that is no attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = F.softmax(x @ x.transpose(1, 2), dim=-1)
+        return chosen.max(dim=-1).values
+
+
+def test_a_router_is_no_attention() -> None:
+    assert find(graph_of(Router(), toy.sample(LENGTH))) == []
