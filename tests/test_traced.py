@@ -168,6 +168,31 @@ def test_an_optimized_program_can_be_compiled_and_decomposed() -> None:
     assert torch.allclose(callable_of(lowered)(x), wanted)
 
 
+class Bare(nn.Module):
+    """Attention of q to two contexts, given as [batch, heads, length, head_dim]."""
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        return F.scaled_dot_product_attention(2 * y, k, k)
+
+
+def test_attention_of_the_inputs_themselves() -> None:
+    torch.manual_seed(0)
+    model = fx.symbolic_trace(Bare())
+    q, k = torch.randn(1, 2, 96, 8).double(), torch.randn(1, 2, 80, 8).double()
+    calibration = bsfa.calibrate(model, (q, k), **toy.BLOCKS, progress=False)
+    names = ["scaled_dot_product_attention", "scaled_dot_product_attention_1"]
+    assert list(calibration.sites) == names
+    assert calibration.dense == {}
+    solved = calibration.thresholds(bsfa.Sparsity(0.3), "absolute")
+    bsfa.apply(model, solved, dense_if_faster=False, example=(q, k))
+    for length, batch in ((96, 1), (50, 3)):
+        longer = torch.randn(batch, 2, length, 8).double()
+        with torch.no_grad():
+            model(longer, torch.randn(batch, 2, 2 * length, 8).double())
+    assert all(rate is not None and rate > 0 for rate in toy.skipped(model).values())
+
+
 class Masked(nn.Module):
     """Attention under an additive causal mask that the graph builds, with repeated heads."""
 

@@ -100,7 +100,7 @@ class Observer:
         self.close()
 
 
-def _observe(  # noqa: PLR0917 (the dispatcher calls by position)
+def _observe(
     q: Tensor,
     k: Tensor,
     key_padding_mask: Tensor | None,

@@ -55,7 +55,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | N
                 relative = gate.rule == "relative"
                 kept[b, hq, i, inner] = heads.judge(column, relative=relative, capped=capped)
             if v is not None:
-                out[b, hq, rows], lse[b, hq, rows] = heads.softmax.result()
+                out[b, hq, rows], lse[b, hq, rows] = heads.result()
         if block.visible is not None:
             kept[b, :, i, tiles] &= block.visible
             droppable[b, i, tiles] &= block.visible
@@ -80,7 +80,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, tile_mask: Tensor) -> tu
             )
             listed: list[int] = kept[b, h, block.index].nonzero()[:, 0].tolist()
             one.take_all([j for j in listed if block.tiles[0] <= j < block.tiles[1]])
-            out[b, head, rows], lse[b, head, rows] = one.softmax.result()
+            out[b, head, rows], lse[b, head, rows] = one.result()
     return out, lse
 
 

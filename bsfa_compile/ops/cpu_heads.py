@@ -18,6 +18,8 @@ from bsfa_compile.ops.cpu_block import (
     Softmax,
 )
 
+LEAST_ROWS = 32  # fewer rows to a product make it slow
+
 
 class Running:
     """The relative gate's memory: each row's running maximum over the tiles visited."""
@@ -44,7 +46,10 @@ class Running:
 
 
 class Heads:
-    """Query heads [H, R, D] over the keys of their Hkv heads."""
+    """Query heads [H, R, D] over the keys of their Hkv heads.
+
+    Inside, the rows of a head may be split among several heads: H and R below are those.
+    """
 
     def __init__(
         self,
@@ -56,17 +61,26 @@ class Heads:
         scale: float,
         softcap: float | None,
     ) -> None:
-        heads, rows, _ = q.shape
+        heads, rows, width = q.shape
+        self._split = _row_split(heads, rows)
+        heads, rows = heads * self._split, rows // self._split
         self._keys = keys
         self._block = block
         self._scratch = scratch
         self._cap = softcap
         factor = scale * LOG2E if softcap is None else scale / softcap
-        self._q = (q.transpose(1, 2).to(keys.k.dtype) * factor).contiguous()
+        q = q.reshape(heads, rows, width).transpose(1, 2)
+        self._q = (q.to(keys.k.dtype) * factor).contiguous()
         self._rise = 0.0  # no row's running maximum exceeds the softmax base by more
         self._at_once = max(1, SCORES_AT_ONCE // (heads * rows * keys.k.shape[2]))
         if keys.v is not None:
-            self.softmax = Softmax(heads, rows, keys.v.shape[-1], scratch, self._q)
+            self._softmax = Softmax(heads, rows, keys.v.shape[-1], scratch, self._q)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(out [H, R, Dv], lse [H, R] natural log); 0 and -inf for rows that saw nothing."""
+        out, lse = self._softmax.result()
+        heads = len(out) // self._split
+        return out.reshape(heads, -1, out.shape[-1]), lse.reshape(heads, -1)
 
     def _scores(self, tiles: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Scores [H, n, block_k, R] of `tiles` (in scratch) and row maxima [H, n, R]."""
@@ -74,11 +88,15 @@ class Heads:
         hidden = self._block.hidden(tiles)
         if hidden is None:
             return s, s.amax(dim=2)
+        n, block_k, rows = hidden.shape  # rows may be 1: the same for all
+        split = 1 if rows == 1 else self._split
+        hidden = hidden.view(n, block_k, split, rows // split).permute(2, 0, 1, 3)
         # Adding -inf is ten times faster than masked_fill_ but turns hidden NaN and inf into NaN.
-        s += torch.where(hidden, -math.inf, 0.0).to(s.dtype)
+        s.unflatten(0, (-1, split)).add_(torch.where(hidden, -math.inf, 0.0).to(s.dtype))
         row_max = s.amax(dim=2)
         if bool(row_max.isnan().any()):
-            s = self._raw_scores(tiles).masked_fill_(hidden, -math.inf)
+            s = self._raw_scores(tiles)
+            s.unflatten(0, (-1, split)).masked_fill_(hidden, -math.inf)
             row_max = s.amax(dim=2)
         return s, row_max
 
@@ -88,19 +106,23 @@ class Heads:
         s = self._scratch.take("s", heads, len(tiles) * block_k, rows)
         k = _pick(self._keys.k, tiles).flatten(1, 2)
         if kv_heads == heads:
-            _multiply(k, self._q, s)
+            torch.bmm(k, self._q, out=s)
         else:
             groups = heads // kv_heads
             for kv in range(kv_heads):
                 part = slice(kv * groups, (kv + 1) * groups)
-                _multiply(k[kv].expand(groups, -1, -1), self._q[part], s[part])
+                torch.bmm(k[kv].expand(groups, -1, -1), self._q[part], out=s[part])
         if self._cap is not None:
             s.tanh_().mul_(self._cap * LOG2E)
         return s.view(heads, len(tiles), block_k, rows)
 
     def _voting(self, row_max: Tensor) -> Tensor:
         votes = self._block.votes
-        return row_max if votes is None else row_max.masked_fill(~votes, -math.inf)
+        if votes is None:
+            return row_max
+        by_split = votes.view(self._split, 1, -1)
+        parts = row_max.unflatten(0, (-1, self._split))
+        return parts.masked_fill(~by_split, -math.inf).flatten(0, 1)
 
     def _take(self, tiles: Sequence[int], running: Running | None = None) -> None:
         """Take all of `tiles` into the softmax, and into the running maximum if there is one."""
@@ -110,9 +132,9 @@ class Heads:
             if running is not None:
                 running.visit(self._voting(row_max))
             if self._keys.v is not None:
-                rise = self.softmax.make_room(row_max.amax(dim=1, keepdim=True))
+                rise = self._softmax.make_room(row_max.amax(dim=1, keepdim=True))
                 self._rise = max(self._rise, rise)
-                self.softmax.add(s, _pick(self._keys.v, piece))
+                self._softmax.add(s, _pick(self._keys.v, piece))
 
     def take_all(self, tiles: Sequence[int]) -> None:
         """Attend to all of `tiles`; those that an edge cuts apart, so that few need a mask."""
@@ -136,15 +158,19 @@ class Heads:
             s, row_max = self._scores(range(start, stop))
             voting = self._voting(row_max)
             found = voting.amax(dim=2) if running is None else running.statistic(voting)
+            if self._split > 1:
+                found = found.view(len(keep), self._split, -1).amax(dim=1)
             kept = ~(found < thresholds[:, None])
             keep[:, start - block.inner[0] : stop - block.inner[0]] = kept
+            if self._split > 1:
+                kept = kept.repeat_interleave(self._split, dim=0)
             if self._keys.v is not None:
                 if running is not None and capped and block.votes is None:
                     self._follow(found, running)
                 else:
                     top = row_max.masked_fill(~kept[..., None], -math.inf)
-                    self.softmax.make_room(top.amax(dim=1, keepdim=True))
-                self.softmax.add_kept(s, self._keys.v, start, kept)
+                    self._softmax.make_room(top.amax(dim=1, keepdim=True))
+                self._softmax.add_kept(s, self._keys.v, start, kept)
             stop = start
         self._take(range(sinks.stop, block.inner[0]))  # the window's lower edge is visited last
         return keep
@@ -157,17 +183,23 @@ class Heads:
         """
         self._rise += max(float(found.amax()), 0.0)
         if not self._rise <= HEADROOM:
-            self._rise = self.softmax.make_room(running.maximum)
+            self._rise = self._softmax.make_room(running.maximum)
 
 
-def _multiply(k: Tensor, q: Tensor, out: Tensor) -> None:
-    """out [N, C, R] = k [N, C, D] @ q [N, D, R]; the heads that do not divide by the threads
-    are multiplied one by one, each on all threads."""
-    even = len(q) - len(q) % torch.get_num_threads()
-    if even:
-        torch.bmm(k[:even], q[:even], out=out[:even])
-    for h in range(even, len(q)):
-        torch.mm(k[h], q[h], out=out[h])
+def _row_split(heads: int, rows: int) -> int:
+    """Into how many to split each head's rows, so that the threads have equal shares.
+
+    Unequal shares cost twice: threads wait, and since every operation deals out the heads anew,
+    they read what another core has just written.
+    """
+    threads = torch.get_num_threads()
+
+    def busy(split: int) -> float:
+        rounds = -(-heads * split // threads)
+        return heads * split / (rounds * threads)
+
+    fitting = [split for split in (1, 2, 4) if rows % split == 0 and rows // split >= LEAST_ROWS]
+    return max(fitting, key=lambda split: (round(busy(split), 1), -split), default=1)
 
 
 def _pick(x: Tensor, tiles: Sequence[int]) -> Tensor:

@@ -41,9 +41,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"in batch, heads and length."
         )
     if q.shape[3] != k.shape[3] or q.shape[3] == 0:
-        raise InputError(
-            f"{_shapes(q, k, v)}: q and k must have the same head_dim, at least 1."
-        )
+        raise InputError(f"{_shapes(q, k, v)}: q and k must have the same head_dim, at least 1.")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise InputError(
             f"{_shapes(q, k, v)}: {q.shape[1]} query heads over {k.shape[1]} key heads; wanted a "

@@ -23,6 +23,9 @@ class _Shapes(fx.Interpreter):
         if not isinstance(value, Tensor):
             return value
         dynamic = [DimDynamic.DYNAMIC] * value.dim()
+        if value.dim() == 4:
+            # [batch, heads, length, head_dim]: a model's heads and their size do not vary.
+            dynamic[1] = dynamic[3] = DimDynamic.STATIC
         context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
             dynamic_sizes=dynamic
         )

@@ -26,11 +26,13 @@ def _fresh_dynamo() -> Iterator[None]:
 
 
 class Layer(nn.Module):
-    """Causal attention with sharp scores, and a residual."""
+    """Causal attention and a residual. A bias makes all queries agree on the keys they prefer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.qkv = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        with torch.no_grad():
+            self.qkv.bias[:WIDTH] = 3.0
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.qkv(self.norm(x)).chunk(3, dim=-1)
@@ -75,8 +77,8 @@ def test_modes_of_inductor_agree_with_the_graph_run_eagerly(mode: str | None) ->
         bsfa.retarget(model, thresholds(names, first))
         output, rates = run(model, x, times=4)  # replays of a CUDA graph count, too
         wanted, wanted_rates = found[first]
-        assert rates == pytest.approx(wanted_rates, abs=0.02)  # bfloat16 rounds elsewhere
-        assert float((output - wanted).abs().max()) < 0.1
+        assert rates == pytest.approx(wanted_rates, abs=0.05)  # bfloat16 rounds elsewhere
+        assert float((output - wanted).abs().mean()) < 0.01
     assert counters["stats"]["unique_graphs"] == 0
     if mode is not None:
         assert counters["inductor"]["cudagraph_skips"] == 0
