@@ -1,6 +1,7 @@
 # Two commands, each doing all of its own set-up in .venv:
 #   make demo    calibrate a real trained model, rewrite it, and judge it against dense
 #   make test    the whole CPU test suite
+# and `make kernels`: every CUDA kernel variant compiles for every card, without a card (long).
 # Needs CPython >= 3.10 with venv, and a C++ compiler (torch.compile builds CPU code with it).
 
 PYTHON ?= python3
@@ -11,13 +12,16 @@ DEMO ?=
 # Test processes, each on one core.
 JOBS ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test kernels lint clean
 
 demo: .venv/installed .venv/model
 	.venv/bin/python -m bsfa_compile demo $(DEMO)
 
 test: .venv/installed
-	TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS)
+	TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) -m 'not variants'
+
+kernels: .venv/installed
+	.venv/bin/python -m pytest -n $(JOBS) -m variants tests/kernels
 
 lint: .venv/installed
 	.venv/bin/ruff check .

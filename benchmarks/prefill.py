@@ -97,9 +97,11 @@ def main() -> None:
     table: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         run_model: Callable[..., object] = model
-        dense = {"eager SDPA": lambda: run_model(input_ids=ids, use_cache=False)}
+        dense: dict[str, Callable[[], object]] = {
+            "eager SDPA": lambda: run_model(input_ids=ids, use_cache=False)
+        }
         if args.compiled_sdpa:
-            compiled = torch.compile(model)
+            compiled: Callable[..., object] = torch.compile(model)
             dense["torch.compile SDPA"] = lambda: compiled(input_ids=ids, use_cache=False)
         for run in dense.values():
             run()
@@ -117,9 +119,9 @@ def main() -> None:
         bsfa.apply(model, start)
         run_model(input_ids=ids, use_cache=False)  # compiles
         for name, thresholds in targets.items():
-            run = sparse_entry(model, ids, thresholds)
-            run()
-            entry = measure({name: run}, args.rounds)[name]
+            sparse = sparse_entry(model, ids, thresholds)
+            sparse()
+            entry = measure({name: sparse}, args.rounds)[name]
             entry["skipped"] = bsfa.report(model).skipped or 0.0
             table[name] = entry
 

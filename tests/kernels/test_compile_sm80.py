@@ -35,7 +35,7 @@ def test_a_sample_compiles(arch: str) -> None:
     compile_and_check(arch, sample)
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 @pytest.mark.parametrize("arch", ARCHS)
 def test_all_compile(arch: str) -> None:
     compile_and_check(arch, kernels.sm80_variants(arch))

@@ -48,7 +48,7 @@ def test_shared_memory_fits() -> None:
                 assert built.attend(d, dv, mask, bf16=True, listed=True).smem <= SMEM_LIMIT
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 @pytest.mark.parametrize(
     "variant", sm90_variants(), ids=lambda v: "-".join(str(x) for _, x in v.defines)
 )
