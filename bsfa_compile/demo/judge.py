@@ -25,11 +25,15 @@ from bsfa_compile.evaluate import (
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A rule over the evaluation texts; `counts`: site -> int64 [H, 2], (dropped, candidates)."""
+    """A rule over the evaluation texts.
+
+    counts: site -> int64 [H, 2], (dropped, candidates). first: tiles dropped in the first text.
+    """
 
     comparison: Comparison
     found: int
     counts: dict[str, Tensor]
+    first: int
 
 
 class Judge:
@@ -58,19 +62,16 @@ class Judge:
 
     def measure(self, model: nn.Module) -> Measured:
         """The optimized model against dense, over all texts; its counters start at zero."""
-        comparisons, found = [], 0
+        comparisons, found, first = [], 0, 0
         for prompt, dense in zip(self._prompts, self._dense, strict=True):
             logits = self._logits(model, prompt)
+            first = first or dropped_tiles(counters(model))
             found += sum(retrieved(logits, prompt))
             targets = prompt.input_ids[0, prompt.text_stop - self._scored : prompt.text_stop]
             comparisons.append(compare(dense, self._text(logits, prompt), targets))
         counts = {name: held.cpu().clone() for name, held in counters(model).items()}
-        return Measured(comparison=pool(comparisons), found=found, counts=counts)
-
-    @property
-    def texts(self) -> int:
-        """How many texts there are."""
-        return len(self._prompts)
+        pooled = pool(comparisons)
+        return Measured(comparison=pooled, found=found, counts=counts, first=first)
 
     def forward(self, model: nn.Module) -> float:
         """Run the first text alone; the seconds it took."""

@@ -106,7 +106,7 @@ def _story(settings: Settings, loaded: LoadedModel, clock: Clock) -> Outcome:
         ).to(device)
         for seed, text in enumerate(evaluation_texts)
     ]
-    opening = tokens(evaluation_texts[0])
+    opening = tokens(evaluation_texts[0])[:, : settings.tokens // 2]
     with clock.step("calibrate"):
         calibration = bsfa.calibrate(model, data, progress=False)
         ours = calibration.thresholds(bsfa.Budget(settings.eps))
@@ -133,8 +133,7 @@ def _story(settings: Settings, loaded: LoadedModel, clock: Clock) -> Outcome:
     with clock.step("paper's TopK(k): rewrite, match the tiles dropped, judge"):
         bsfa.apply(model, paper, dense_if_faster=False, inner="eager")
         judge.forward(model)
-        each = dropped_tiles(ours_measured.counts) / judge.texts
-        wanted *= each / max(dropped_tiles(counters(model)), 1)
+        wanted *= ours_measured.first / max(dropped_tiles(counters(model)), 1)
         paper = like_dropped(paper_calibration, wanted)
         bsfa.retarget(model, paper)
         paper_measured = judge.measure(model)
