@@ -17,7 +17,7 @@ from bsfa_compile.ops.call import Call, Gate, Result, empty_out, lse_dtype
 from bsfa_compile.ops.cpu_block import LOG2E, Keys, RowBlock, Scratch
 from bsfa_compile.ops.cpu_heads import Heads
 from bsfa_compile.ops.gate import score_dtype, threshold_column
-from bsfa_compile.ops.tiles import pack, unpack, unpadded_tiles
+from bsfa_compile.ops.tiles import Geometry, pack, unpack, unpadded_tiles
 
 HEADS_AT_ONCE = 8
 
@@ -27,27 +27,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | N
 
     Without v only the decision is made: out and lse then mean nothing.
     """
-    g = call.geometry
+    g, dtype = call.geometry, score_dtype(q)
     out, lse = _outputs(q, q if v is None else v)
     kept = torch.zeros(q.shape[0], q.shape[1], g.q_blocks, g.k_blocks, dtype=torch.bool)
     droppable = torch.zeros(q.shape[0], g.q_blocks, g.k_blocks, dtype=torch.bool)
-    thresholds = None if gate is None else gate.thresholds.to(score_dtype(q)) * LOG2E
+    thresholds = None if gate is None else gate.thresholds.to(dtype) * LOG2E
     capped = thresholds is not None and bool((thresholds <= 0).all())
-    scratch = Scratch(score_dtype(q))
-    for b, keys, block in _row_blocks(k, v, call, score_dtype(q)):
-        i, rows, tiles = block.index, slice(block.start, block.stop), slice(*block.tiles)
-        inner = slice(*block.inner)
+    prepared = _prepare(k, v, call, dtype)
+    scratch = Scratch(dtype)
+    for b, i in _blocks(g, prepared):
+        keys, padding = prepared[b]
+        block = RowBlock(g, keys, i, padding)
+        rows, tiles, inner = block.rows, slice(*block.tiles), slice(*block.inner)
         droppable[b, i, inner] = True
         kept[b, :, i, tiles] = True
         for hq, hkv in _heads_in_turns(q, k):
-            heads = Heads(
-                q[b, hq, rows],
-                keys.of_heads(hkv),
-                block,
-                scratch,
-                scale=call.scale,
-                softcap=call.softcap,
-            )
+            own = keys.of_heads(hkv)
+            heads = Heads(q[b, hq, rows], own, block, scratch, call.scale, call.softcap)
             if gate is None or thresholds is None:
                 heads.take_all(range(*block.tiles))
             else:
@@ -66,22 +62,32 @@ def attention(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | N
 
 def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, tile_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Attention (out, lse) over the tiles of a packed tile mask; others are not even scored."""
-    groups = q.shape[1] // k.shape[1]
+    g, groups = call.geometry, q.shape[1] // k.shape[1]
     out, lse = _outputs(q, v)
-    kept = unpack(tile_mask, call.geometry.k_blocks)
+    kept = unpack(tile_mask, g.k_blocks)
+    prepared = _prepare(k, v, call, score_dtype(q))
     scratch = Scratch(score_dtype(q))
-    for b, keys, block in _row_blocks(k, v, call, score_dtype(q)):
-        rows = slice(block.start, block.stop)
+    for b, i in _blocks(g, prepared):
+        keys, padding = prepared[b]
+        block = RowBlock(g, keys, i, padding)
         for h in range(q.shape[1]):
-            head = slice(h, h + 1)
-            own = keys.of_heads(slice(h // groups, h // groups + 1))
-            one = Heads(
-                q[b, head, rows], own, block, scratch, scale=call.scale, softcap=call.softcap
-            )
-            listed: list[int] = kept[b, h, block.index].nonzero()[:, 0].tolist()
-            one.take_all([j for j in listed if block.tiles[0] <= j < block.tiles[1]])
-            out[b, head, rows], lse[b, head, rows] = one.result()
+            head, own = slice(h, h + 1), keys.of_heads(slice(h // groups, h // groups + 1))
+            heads = Heads(q[b, head, block.rows], own, block, scratch, call.scale, call.softcap)
+            listed: list[int] = kept[b, h, i].nonzero()[:, 0].tolist()
+            heads.take_all([j for j in listed if block.tiles[0] <= j < block.tiles[1]])
+            out[b, head, block.rows], lse[b, head, block.rows] = heads.result()
     return out, lse
+
+
+def _blocks(g: Geometry, keys: list[tuple[Keys, Tensor | None]]) -> list[tuple[int, int]]:
+    """(batch row, mask row) of every q block that sees any tile."""
+    found = []
+    for b, (own, _) in enumerate(keys):
+        for i in range(g.q_blocks):
+            tile0, tile1 = g.tiles(i)
+            if max(tile0, own.bounds[0]) < min(tile1, own.bounds[1]):
+                found.append((b, i))
+    return found
 
 
 def _heads_in_turns(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -99,45 +105,32 @@ def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return empty_out(q, v).zero_(), lse
 
 
-def _row_blocks(
-    k: Tensor, v: Tensor | None, call: Call, dtype: torch.dtype
-) -> Iterator[tuple[int, Keys, RowBlock]]:
-    """Batch row by batch row, its keys and each of its q blocks that sees any tile."""
-    g = call.geometry
-    bounds = unpadded_tiles(call.key_padding_mask, k.shape[0], g.k_len, g.block_k)
-    for b, bound in enumerate(bounds):
-        padding = None if call.key_padding_mask is None else call.key_padding_mask[b : b + 1]
-        keys = _prepare(k[b], None if v is None else v[b], padding, bound, g.block_k, dtype)
-        for i in range(g.q_blocks):
-            block = RowBlock(g, keys, i, padding)
-            if block.start < block.stop and block.tiles[0] < block.tiles[1]:
-                yield b, keys, block
-
-
 def _prepare(
-    k: Tensor,
-    v: Tensor | None,
-    padding: Tensor | None,
-    bounds: tuple[int, int],
-    block_k: int,
-    dtype: torch.dtype,
-) -> Keys:
-    """Keys of one batch row: k [Hkv, Lk, D], v [Hkv, Lk, Dv], padding [1, Lk]."""
-    keys = k.shape[1]
-    tiles = -(-keys // block_k)
-    tail = tiles * block_k - keys
-    shape = (k.shape[0], tiles, block_k)
-    real = k.new_ones(keys, dtype=torch.bool) if padding is None else padding[0]
-    real = F.pad(real, (0, tail)).view(tiles, block_k)
-    whole: list[bool] = real.all(dim=1).tolist()
+    k: Tensor, v: Tensor | None, call: Call, dtype: torch.dtype
+) -> list[tuple[Keys, Tensor | None]]:
+    """For each batch row its keys and its padding mask [1, Lk]."""
+    g, padding = call.geometry, call.key_padding_mask
+    batch, heads, keys, _ = k.shape
+    tail = g.k_blocks * g.block_k - keys
+    shape = (batch, heads, g.k_blocks, g.block_k)
+    k = F.pad(k.to(dtype), (0, 0, 0, tail)).reshape(*shape, k.shape[3]).contiguous()
     if v is not None:
-        v = F.pad(F.pad(v.to(dtype), (0, 1), value=1.0), (0, 0, 0, tail)).reshape(
-            *shape, v.shape[-1] + 1
+        v = F.pad(F.pad(v.to(dtype), (0, 1), value=1.0), (0, 0, 0, tail))
+        v = v.reshape(*shape, v.shape[3])
+    real = torch.ones(batch, keys, dtype=torch.bool) if padding is None else padding
+    real = F.pad(real, (0, tail)).view(batch, g.k_blocks, g.block_k)
+    whole = real.all(dim=2).tolist()
+    bounds = unpadded_tiles(padding, batch, keys, g.block_k)
+    return [
+        (
+            Keys(
+                k=k[b],
+                v=None if v is None else v[b],
+                real=real[b],
+                whole=whole[b],
+                bounds=bounds[b],
+            ),
+            None if padding is None else padding[b : b + 1],
         )
-    return Keys(
-        k=F.pad(k.to(dtype), (0, 0, 0, tail)).reshape(*shape, k.shape[-1]).contiguous(),
-        v=v,
-        real=real,
-        whole=whole,
-        bounds=bounds,
-    )
+        for b in range(batch)
+    ]

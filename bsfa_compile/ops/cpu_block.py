@@ -18,7 +18,7 @@ from bsfa_compile.ops.gate import candidates, row_votes
 from bsfa_compile.ops.tiles import Geometry
 
 LOG2E = math.log2(math.e)
-SCORES_AT_ONCE = 2**20  # elements of the score buffer: a few MB, the size of a cache
+SCORES_AT_ONCE = 2**19  # scores computed at once, for each thread: a few MB, as caches are
 HEADROOM = 64.0  # how far scores may exceed the base before it is moved
 UNSET = -1e30  # base of a row that has seen nothing: below every score, but finite
 
@@ -61,7 +61,7 @@ class RowBlock:
         first, stop = keys.bounds
         tile0, tile1 = g.tiles(index)
         self.index = index
-        self.start, self.stop = g.rows(index)
+        self.rows = slice(*g.rows(index))  # query rows of the call
         self.tiles = max(tile0, first), min(tile1, stop)  # all tiles that may hold a visible key
         inner0, inner1 = g.droppable(index, first, stop)
         self.inner = min(inner0, self.tiles[1]), min(inner1, self.tiles[1])  # of them, droppable
@@ -87,7 +87,7 @@ class RowBlock:
 
     def _find_hidden(self, tiles: Sequence[int]) -> Tensor | None:
         g, keys = self._geometry, self._keys
-        first, last = g.q_start + self.start, g.q_start + self.stop - 1
+        first, last = g.q_start + self.rows.start, g.q_start + self.rows.stop - 1
         low, high = tiles[0] * g.block_k, (tiles[-1] + 1) * g.block_k - 1
         hidden = None
         if not all(keys.whole[j] for j in tiles):
@@ -143,20 +143,22 @@ class Softmax:
 
     def add_kept(self, s: Tensor, v: Tensor, first: int, keep: Tensor) -> None:
         """Add the tiles that keep [H, n] names, n counting from tile `first` of v."""
-        chosen = keep.flatten().nonzero()[:, 0]
-        if len(chosen) == 0:
+        head, tile = keep.nonzero().unbind(dim=1)
+        count = head.shape[0]
+        if count == 0:
             return
         heads, tiles, block_k, rows = s.shape
-        head = chosen // tiles
-        p = self._scratch.take("p", len(chosen), block_k, rows)
-        torch.index_select(s.flatten(0, 1), 0, chosen, out=p)
+        p = self._scratch.take("p", count, block_k, rows)
+        torch.index_select(s.flatten(0, 1), 0, torch.add(tile, head, alpha=tiles), out=p)
         p.sub_(self._base.index_select(0, head)).exp2_()
-        in_v = chosen - head * tiles + first
-        if len(v) > 1:
-            in_v += head.div(heads // len(v), rounding_mode="floor") * v.shape[1]
-        values = v.flatten(0, 1).index_select(0, in_v).transpose(1, 2)
-        part = self._scratch.take("part", len(chosen), v.shape[-1], rows)
-        torch.bmm(values, p, out=part)
+        in_v = tile + first
+        if v.shape[0] > 1:
+            kv = head.div(heads // v.shape[0], rounding_mode="floor")
+            in_v = torch.add(in_v, kv, alpha=v.shape[1])
+        values = self._scratch.take("values", count, block_k, v.shape[-1])
+        torch.index_select(v.flatten(0, 1), 0, in_v, out=values)
+        part = self._scratch.take("part", count, v.shape[-1], rows)
+        torch.bmm(values.transpose(1, 2), p, out=part)
         self._sums.index_add_(0, head, part)
 
     def result(self) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from bsfa_compile.ops.cpu_block import (
     Softmax,
 )
 
-LEAST_ROWS = 32  # fewer rows to a product make it slow
+LEAST_ROWS = 32  # products of fewer rows are slow
 
 
 class Running:
@@ -57,7 +57,6 @@ class Heads:
         keys: Keys,
         block: RowBlock,
         scratch: Scratch,
-        *,
         scale: float,
         softcap: float | None,
     ) -> None:
@@ -72,7 +71,8 @@ class Heads:
         q = q.reshape(heads, rows, width).transpose(1, 2)
         self._q = (q.to(keys.k.dtype) * factor).contiguous()
         self._rise = 0.0  # no row's running maximum exceeds the softmax base by more
-        self._at_once = max(1, SCORES_AT_ONCE // (heads * rows * keys.k.shape[2]))
+        at_once = SCORES_AT_ONCE * max(2, torch.get_num_threads())
+        self._at_once = max(1, at_once // (heads * rows * keys.k.shape[2]))
         if keys.v is not None:
             self._softmax = Softmax(heads, rows, keys.v.shape[-1], scratch, self._q)
 
@@ -92,11 +92,12 @@ class Heads:
         split = 1 if rows == 1 else self._split
         hidden = hidden.view(n, block_k, split, rows // split).permute(2, 0, 1, 3)
         # Adding -inf is ten times faster than masked_fill_ but turns hidden NaN and inf into NaN.
-        s.unflatten(0, (-1, split)).add_(torch.where(hidden, -math.inf, 0.0).to(s.dtype))
+        bias = torch.where(hidden, -math.inf, 0.0).to(s.dtype)
+        s.view(-1, split, *s.shape[1:]).add_(bias)
         row_max = s.amax(dim=2)
         if bool(row_max.isnan().any()):
             s = self._raw_scores(tiles)
-            s.unflatten(0, (-1, split)).masked_fill_(hidden, -math.inf)
+            s.view(-1, split, *s.shape[1:]).masked_fill_(hidden, -math.inf)
             row_max = s.amax(dim=2)
         return s, row_max
 
@@ -121,7 +122,7 @@ class Heads:
         if votes is None:
             return row_max
         by_split = votes.view(self._split, 1, -1)
-        parts = row_max.unflatten(0, (-1, self._split))
+        parts = row_max.view(-1, self._split, *row_max.shape[1:])
         return parts.masked_fill(~by_split, -math.inf).flatten(0, 1)
 
     def _take(self, tiles: Sequence[int], running: Running | None = None) -> None:
@@ -187,10 +188,10 @@ class Heads:
 
 
 def _row_split(heads: int, rows: int) -> int:
-    """Into how many to split each head's rows, so that the threads have equal shares.
+    """Into how many to split each head's rows, so that torch's threads have equal shares.
 
-    Unequal shares cost twice: threads wait, and since every operation deals out the heads anew,
-    they read what another core has just written.
+    Unequal shares cost twice: threads wait, and since every operation deals the data out anew,
+    cores read what another has just written.
     """
     threads = torch.get_num_threads()
 

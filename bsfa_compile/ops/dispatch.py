@@ -42,12 +42,11 @@ def attention(
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call, *, can_be_dense: bool) -> Result:
-    """Every tile kept. On CUDA torch's fused kernels are the fastest where they need no mask, our
-    own where they would."""
+    """Every tile kept. On CUDA our own kernels beat torch's on long calls and where those would
+    need a mask in memory; torch's take less time to start."""
     masked = call.key_padding_mask is not None or call.geometry.window is not None
-    if can_be_dense and (q.device.type == "cpu" or not masked):
-        return dense.attention(q, k, v, call)
-    if q.device.type == "cuda" and launch.supported(q, k, v, call, None) is None:
+    own = q.device.type == "cuda" and (masked or not can_be_dense or q.shape[2] >= CUDA_TOKENS)
+    if own and launch.supported(q, k, v, call, None) is None:
         return launch.attention(q, k, v, call, None)
     return dense.attention(q, k, v, call) if can_be_dense else _sparse(q, k, v, call, None)
 

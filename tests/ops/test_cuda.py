@@ -62,10 +62,10 @@ def check(case: Case, result: Result, inputs: tuple[Tensor, ...], kept: Tensor) 
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("padding", [None, 0.8])
-@pytest.mark.parametrize("dims", [(64, 64), (64, 32), (20, 20)])
+@pytest.mark.parametrize("dims", [(64, 64), (20, 12)])
 def test_fused_kernels_under_every_mask(
     name: str, dtype: torch.dtype, groups: int, padding: float | None, dims: tuple[int, int]
 ) -> None:
@@ -96,7 +96,7 @@ def test_fused_kernels_under_every_mask(
 def test_chunks_obey_the_rule(
     name: str, dtype: torch.dtype, padding: float | None, start_on_device: bool
 ) -> None:
-    geometry = replace(MASKS[name], block_q=16, block_k=8)
+    geometry = replace(MASKS[name], block_q=32, block_k=16)
     case = Case(
         batch=2, kv_heads=2, geometry=geometry, head_dim=32, value_dim=16, padding=padding, peak=3.0
     )

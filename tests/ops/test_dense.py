@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from bsfa_compile.ops import dense, dispatch
+from bsfa_compile.ops import cpu, dense, dispatch
 from bsfa_compile.ops.tiles import Geometry, unpack
 from tests.ops.cases import Case, assert_close, cases
 
@@ -113,9 +113,13 @@ def test_dense_runs_where_it_is_faster(q_len: int, thresholds: float, dense_run:
     case = Case(geometry=geometry, groups=1, head_dim=4, value_dim=4)
     q, k, v = case.qkv()
     limits = torch.full((1,), thresholds)
-    with mock.patch.object(dense, "attention", wraps=dense.attention) as spy:
+    with (
+        mock.patch.object(dense, "attention", wraps=dense.attention) as spy,
+        mock.patch.object(cpu, "attention", wraps=cpu.attention) as sparse,
+    ):
         counts = case.run(q, k, v, limits, dense_if_faster=True)[3]
         assert bool(spy.called) == dense_run
+        assert bool(sparse.called) != dense_run  # not even for a sample
         assert (int(counts[:, 0].sum()) == 0) == dense_run
         spy.reset_mock()
         case.run(q, k, v, limits)

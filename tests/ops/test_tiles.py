@@ -96,6 +96,19 @@ def test_all_tiles_at_once_equal_candidates(case: Case, start_on_device: bool) -
     assert counts.tolist() == [[0, total]] * case.heads
 
 
+@pytest.mark.parametrize("k_len", [1, 64, 65, 2047, 2048, 2049, 10_000])
+@pytest.mark.parametrize("start", [0, 63, 5000, 9999])
+@pytest.mark.parametrize("window", [None, 1, 300, 4096])
+def test_words_of_one_query_far_into_a_cache(k_len: int, start: int, window: int | None) -> None:
+    """The short way that decode takes."""
+    g = Geometry(q_len=1, k_len=k_len, q_start=start, is_causal=True, window=window)
+    case = Case(batch=2, geometry=g)
+    words, counts = nothing_dropped(case.call(), case.qkv()[0])
+    visible, droppable = visible_tiles(case.call(), 2, torch.device("cpu"))
+    assert torch.equal(words, pack(visible[:, None]).expand_as(words))
+    assert counts.tolist() == [[0, 2 * int(droppable.sum())]] * 2
+
+
 @pytest.mark.parametrize("tiles", [0, 1, 31, 32, 33, 64, 100])
 def test_packing_is_undone_by_unpacking(tiles: int) -> None:
     mask = torch.rand(2, 3, 4, tiles) < 0.5
