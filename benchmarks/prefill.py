@@ -41,8 +41,8 @@ def llama(layers: int, tokens: int) -> torch.nn.Module:
     )
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = AutoModel.from_config(config, dtype=torch.bfloat16)
-    return model.eval()  # type: ignore[no-any-return]
+        model: torch.nn.Module = AutoModel.from_config(config, dtype=torch.bfloat16)
+    return model.eval()
 
 
 def seconds(run: Callable[[], object]) -> float:
