@@ -16,8 +16,8 @@ struct Scale {
 // One query row as a thread sees it; the four lanes of a quad hold the same values.
 struct Row {
   float a, t, m;
-  float bound;  // m + min(t, 0): below it the row changes nothing
-  DEVICE void settle() { bound = m + (RELATIVE && t > 0.f ? 0.f : t); }
+  // Below this the row changes nothing.
+  DEVICE float bound() const { return m + (RELATIVE && t > 0.f ? 0.f : t); }
 #if SOFTCAP
   float unit, shift;  // score = cap tanh((dot + shift) unit / cap), and t, m in natural units
 #endif
@@ -73,6 +73,14 @@ DEVICE void hide(int (&s)[R], const Shape& shape, int batch, int tile, int posit
   }
 }
 
+// x / 127, correctly rounded as the reference's is (a Newton step on the product with the rounded
+// reciprocal). The division operator is a call, which would keep loop state out of uniform
+// registers.
+DEVICE float divide_by_127(float x) {
+  const float guess = x * (1.f / 127.f);
+  return fmaf(fmaf(-guess, 127.f, x), 1.f / 127.f, guess);
+}
+
 // Reads rows `row` and `row + 8` of Q and rounds them into the A fragments of K_STEPS wgmmas.
 DEVICE void quantise(const Scale& p, u32 q_smem, int row, int lane, const float* mean_gmem,
                      u32 (&a)[K_STEPS * 4], Row (&out)[2], float threshold) {
@@ -107,12 +115,12 @@ DEVICE void quantise(const Scale& p, u32 q_smem, int row, int lane, const float*
   for (int r = 0; r < 2; r++) {
     peak[r] = quad_max(peak[r]);
     square[r] = quad_sum(square[r]);
-    sq[r] = fmaxf(__fdiv_rn(peak[r], 127.f), 1.17549435e-38f);
+    sq[r] = fmaxf(divide_by_127(peak[r]), 1.17549435e-38f);
     inverse[r] = reciprocal(sq[r]);
     // Not a number or infinite somewhere: NaN in t keeps every tile.
     const bool finite = square[r] < __int_as_float(0x7f800000);
     const float unit = finite ? sq[r] * p.scale : __int_as_float(0x7fffffff);
-    out[r].a = sqrtf(square[r]) * KEY_NORM_FACTOR * inverse[r];
+    out[r].a = sqrt_approx(square[r]) * KEY_NORM_FACTOR * inverse[r];
     out[r].m = RELATIVE ? NEG_INF : -quad_sum(with_mean[r]) * inverse[r];
     out[r].t = threshold * reciprocal(unit);
 #if SOFTCAP
@@ -149,42 +157,44 @@ DEVICE void raise(const Scale& p, Row& row, float scale_k, int top) {
 }
 
 // Decides the tiles of one block of 64 rows x TILES tiles in visiting order, the last first.
-// Returns the tiles that pass for this lane's rows. x: the thread's row maxima in each tile; all:
-// skip the vote on the whole block.
+// Returns the tiles that pass for this lane's rows. x: the thread's row maxima in each tile; meta:
+// the tiles' scales and norms in shared memory (quantise.cu); all: skip the vote on the whole block.
 template <int TILES>
-DEVICE u32 decide(const Scale& p, const int (&x)[TILES][2], Row (&row)[2],
-                  const float (&scale_k)[TILES], const float (&margin)[TILES][2],
-                  bool all) {
+DEVICE u32 decide(const Scale& p, int (&x)[TILES][2], Row (&row)[2], u32 meta, bool all) {
   bool some = all || SOFTCAP;
+  float reach[2] = {NEG_INF, NEG_INF};
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
-    float reach = NEG_INF;
+  for (int t = 0; t < TILES; t++) {
+    const float scale_k = load_shared_float(meta + t * 4);
+    const float norm_k = load_shared_float(meta + 16 + t * 4);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const float margin = fmaf(scale_k, row[r].a, norm_k);
+      reach[r] = max_nan(reach[r], reach_of(p, row[r], scale_k, margin, x[t][r]));
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; r++) some |= !(reach[r] < row[r].bound());
+  if (!__any_sync(FULL_WARP, some)) return 0;
+#pragma unroll
+  for (int lanes = 1; lanes <= 2; lanes++)
 #pragma unroll
     for (int t = 0; t < TILES; t++)
-      reach = max_nan(reach, reach_of(p, row[r], scale_k[t], margin[t][r], x[t][r]));
-    some |= !(reach < row[r].bound);
-  }
-  if (!__any_sync(FULL_WARP, some)) return 0;
-  int top[TILES][2];
 #pragma unroll
-  for (int t = 0; t < TILES; t++)
-#pragma unroll
-    for (int r = 0; r < 2; r++) top[t][r] = max(x[t][r], __shfl_xor_sync(FULL_WARP, x[t][r], 1));
-#pragma unroll
-  for (int t = 0; t < TILES; t++)
-#pragma unroll
-    for (int r = 0; r < 2; r++) top[t][r] = max(top[t][r], __shfl_xor_sync(FULL_WARP, top[t][r], 2));
+      for (int r = 0; r < 2; r++)
+        x[t][r] = max(x[t][r], __shfl_xor_sync(FULL_WARP, x[t][r], lanes));
   u32 bits = 0;
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
+  for (int t = TILES - 1; t >= 0; t--) {
+    const float scale_k = load_shared_float(meta + t * 4);
+    const float norm_k = load_shared_float(meta + 16 + t * 4);
 #pragma unroll
-    for (int t = TILES - 1; t >= 0; t--) {
-      const float reach = reach_of(p, row[r], scale_k[t], margin[t][r], top[t][r]);
-      if (top[t][r] > HIDDEN && !(reach < row[r].m + row[r].t)) bits |= 1u << t;
-      if (RELATIVE) raise(p, row[r], scale_k[t], top[t][r]);
+    for (int r = 0; r < 2; r++) {
+      const float margin = fmaf(scale_k, row[r].a, norm_k);
+      const float reach = reach_of(p, row[r], scale_k, margin, x[t][r]);
+      if (x[t][r] > HIDDEN && !(reach < row[r].m + row[r].t)) bits |= 1u << t;
+      if (RELATIVE) raise(p, row[r], scale_k, x[t][r]);
     }
-    row[r].settle();
   }
   return bits;
 }
-

@@ -50,6 +50,12 @@ __device__ __forceinline__ float reciprocal(float x) {
   return r;
 }
 
+__device__ __forceinline__ float sqrt_approx(float x) {
+  float r;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 // tanh to about 1e-7: tanh.approx is only good to 5e-4, which a softcap of 50 would make 0.025.
 __device__ __forceinline__ float tanh_exp(float x) {
   return 1.f - 2.f * reciprocal(exp2_approx(x * (2.f * LOG2E)) + 1.f);

@@ -17,6 +17,10 @@ template <int R> DEVICE void pin(int (&d)[R]) {
 #pragma unroll
   for (int i = 0; i < R; i++) asm volatile("" : "+r"(d[i])::"memory");
 }
+template <int R, int C> DEVICE void pin(int (&d)[R][C]) {
+#pragma unroll
+  for (int i = 0; i < R; i++) pin(d[i]);
+}
 
 // Descriptors are base + offset, with the offset (bytes, a multiple of 16) a constant: one addition
 // each. Shared memory ends below 2^18, so an address needs no mask.

@@ -85,19 +85,29 @@ struct Tiles {
   u32 word, current;
   int chunk, index, next, count, words;
 
-  DEVICE void begin(const Params& p, const Item& item, int lane) {
+  // The part of a mask row that lies in the lanes at first, read an item ahead.
+  static DEVICE u32 first_words(const Params& p, const Item& item, int lane) {
+    const int w = (p.shape.words - 1) / 32 * 32 + lane;
+    if (!LIST || w >= p.shape.words) return 0;
+    return row_of(p, item)[w];
+  }
+  static DEVICE const u32* row_of(const Params& p, const Item& item) {
+    return p.mask_gmem +
+           (((i64)item.batch * p.heads + item.head) * p.shape.rows + item.row) * p.shape.words;
+  }
+  DEVICE void begin(const Params& p, const Item& item, u32 first, int lane) {
     next = item.span.tile_hi - 1;
     count = item.span.tile_hi - item.span.tile_lo;
 #if LIST
     words = p.shape.words;
-    row_gmem = p.mask_gmem + ((i64)item.batch * p.heads + item.head) * p.shape.rows * words;
-    row_gmem += (i64)item.row * words;
-    count = 0;
-    if (item.span.empty()) words = 0;
-    for (int w = lane; w < words; w += 32) count += __popc(row_gmem[w]);
+    row_gmem = row_of(p, item);
+    chunk = (words - 1) / 32;
+    count = __popc(first);
+    for (int w = lane; w < chunk * 32; w += 32) count += __popc(row_gmem[w]);
     count = __reduce_add_sync(FULL_WARP, count);
-    chunk = max(words - 1, 0) / 32;
-    fetch(lane);
+    word = first;
+    index = 31;
+    current = __shfl_sync(FULL_WARP, word, 31);
 #endif
   }
   DEVICE void fetch(int lane) {
@@ -128,24 +138,29 @@ struct Tiles {
 DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap* k_map,
                        const TensorMap* v_map, u32 smem) {
   const int lane = threadIdx.x & 31, q_start = start_of(p.shape);
-  auto take = [&]() {
-    int item = 0;
-    if (lane == 0) item = atomicAdd(p.counter_gmem, 1);
-    return __shfl_sync(FULL_WARP, item, 0);
+  int upcoming = 0, step = 0, loaded = 0;
+  Item next;
+  u32 next_words = 0;
+  auto look_ahead = [&]() {
+    if (lane == 0) upcoming = atomicAdd(p.counter_gmem, 1);
+    upcoming = __shfl_sync(FULL_WARP, upcoming, 0);
+    if (upcoming >= p.items) return;
+    next = item_of(p, q_start, upcoming);
+    next_words = Tiles::first_words(p, next, lane);
   };
-  int upcoming = take(), step = 0, loaded = 0;
+  look_ahead();
   for (int it = 0;;) {
     const int current = upcoming;
     Item item = {};
     Tiles tiles;
     tiles.count = 0;
     if (current < p.items) {
-      item = item_of(p, q_start, current);
+      item = next;
       if (item.span.empty()) {  // a mask row that no query touches
-        upcoming = take();
+        look_ahead();
         continue;
       }
-      tiles.begin(p, item, lane);
+      tiles.begin(p, item, next_words, lane);
     }
     const int s = it & 1, qs = loaded % Q_STAGES;
     if (lane == 0) {
@@ -171,7 +186,7 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
     loaded += steps > 0;
     int previous[STEP_TILES] = {};
     for (int n = 0; n <= steps; n++) {
-      if (n == 1) upcoming = take();  // an item ahead: hides the atomic
+      if (n == 1) look_ahead();  // hides the atomic and the read of the mask
       int pair[STEP_TILES];
       u32 word = 0;
 #pragma unroll
@@ -210,7 +225,7 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
 #pragma unroll
       for (int t = 0; t < STEP_TILES; t++) previous[t] = pair[t];
     }
-    if (steps == 0) upcoming = take();
+    if (steps == 0) look_ahead();
     step += steps;
     it++;
   }
@@ -320,11 +335,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   allow_next_kernel();
   wait_for_previous_kernel();
   if (warpgroup == 0) {
-    registers_down<40>();
+    registers_down<56>();
     if (threadIdx.x < 32) load_items(p, &q_map, &k_map, &v_map, smem);
     return;
   }
-  registers_up<232>();
+  registers_up<224>();
   const int wg = warpgroup - 1, lane = threadIdx.x & 31;
   const int row = wg * 64 + (threadIdx.x >> 5 & 3) * 16 + (lane >> 2);
   const int q_start = start_of(p.shape);

@@ -112,6 +112,24 @@ DEVICE void multiply(int (&s)[R], const u32 (&a)[K_STEPS * 4], u32 k_smem, int k
   wgmma_commit();
 }
 
+// Hands back slots that this warpgroup's unit has no use for.
+DEVICE void skip_slots(u32 smem, int lane, int slots, u32& slot, u32& full) {
+  for (int n = 0; n < slots; n++) {
+    barrier_wait(smem + K_FULL + 8 * slot, full);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(smem + K_EMPTY + 8 * slot);
+    if (++slot == SLOTS) slot = 0, full ^= 1;
+  }
+}
+
+// The last slot that was multiplied: what its first half's rows keep, and what judging the second
+// half's takes.
+struct Judged {
+  u32 bits, meta, empty;
+  int tile;
+  bool edge;
+};
+
 DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap* k_map,
                        const TensorMap* k_tile_map, u32 smem) {
   const int q_start = start_of(p.shape), pairs = pairs_of(p);
@@ -211,19 +229,20 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     return;
   }
   registers_up<CONSUMER_REGISTERS>();
-  const int which = warpgroup - 1, warp = threadIdx.x >> 5 & 3;
+  const int which = warpgroup - 1, warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5 & 3, 0);
   const int q_start = start_of(p.shape);
   u32 slot = 0, full = 0;
   for (int it = 0, loaded = 0;; it++) {
     barrier_wait(smem + ITEM_FULL + 8 * (it & 1), it >> 1 & 1);
     const u32 record = smem + ITEM + 64 * (it & 1);
-    const int kv = load_shared(record), lo = load_shared(record + 4), hi = load_shared(record + 8);
-    const int sink_lo = load_shared(record + 12), sinks = load_shared(record + 16) - sink_lo;
+    auto field = [&](u32 offset) { return __shfl_sync(FULL_WARP, load_shared(record + offset), 0); };
+    const int kv = field(0), lo = field(4), hi = field(8), sink_lo = field(12);
+    const int sinks = field(16) - sink_lo;
     Unit unit;
-    unit.batch = load_shared(record + 20);
-    unit.row = load_shared(record + 32 + 12 * which);
-    unit.head = load_shared(record + 36 + 12 * which);
-    unit.threshold = load_shared_float(record + 40 + 12 * which);
+    unit.batch = field(20);
+    unit.row = field(32 + 12 * which);
+    unit.head = field(36 + 12 * which);
+    unit.threshold = __uint_as_float(field(40 + 12 * which));
     unit.exists = unit.row >= 0;
     barrier_arrive(smem + ITEM_EMPTY + 8 * (it & 1));
     if (kv < 0) break;
@@ -231,10 +250,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     const Span& span = unit.span;
     u32* mask = p.mask_gmem +
                 (((i64)unit.batch * p.heads + unit.head) * p.shape.rows + unit.row) * p.shape.words;
-    if (unit.exists && unit.threshold == NEG_INF)  // keeps all it sees
-      for (int w = span.tile_lo / 32 + warp; w * 32 < span.tile_hi; w += 4) {
+    // Keeps all it sees. The trip count is every warp's: a loop that the compiler takes for divergent
+    // would keep slot, descriptors and bounds out of uniform registers, also in the main loop.
+    if (unit.exists && unit.threshold == NEG_INF)
+      for (int group = span.tile_lo / 128; group * 128 < span.tile_hi; group++) {
+        const int w = group * 4 + warp;
         const u32 seen = __ballot_sync(FULL_WARP, visible(p.shape, span, unit.batch, w * 32 + lane));
-        if (lane == 0) mask[w] = seen;
+        if (lane == 0 && seen) mask[w] = seen;
       }
     if (hi < lo) continue;
 
@@ -256,7 +278,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             votes = pad_bits(p.shape, unit.batch, position / 64) >> position % 64 & 1;
           // m = +inf loses every comparison; as does a finite t then.
           if (!votes) row[f][r].m = __int_as_float(0x7f800000), row[f][r].t = row[f][r].a = 0.f;
-          row[f][r].settle();
         }
       }
     }
@@ -265,7 +286,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
     const int2 bounds = bounds_of(p.shape, unit.batch);
     const int top = (span.tile_hi - 1) / SLOT_TILES, bottom = span.tile_lo / SLOT_TILES;
-    u32 word = 0;
     // Slots bring the sink tiles one by one (n < sinks), then groups of tiles downwards.
 #pragma unroll 1
     for (int n = 0; n < sinks; n++) {
@@ -286,7 +306,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             x[r] = max(x[r], __shfl_xor_sync(FULL_WARP, x[r], 1));
             x[r] = max(x[r], __shfl_xor_sync(FULL_WARP, x[r], 2));
             raise(p.scale, row[f][r], scale_k, x[r]);
-            row[f][r].settle();
           }
         }
       }
@@ -294,45 +313,44 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       if (lane == 0) barrier_arrive(smem + K_EMPTY + 8 * slot);
       if (++slot == SLOTS) slot = 0, full ^= 1;
     }
+    const int first = idle ? lo - 1 : top, last = idle ? lo : bottom;
+    skip_slots(smem, lane, hi - first, slot, full);
+    // A product's maxima are judged while the next product is under way.
+    int x[SLOT_TILES][2];
+    Judged judged = {};
+    u32 word = 0;
+    auto finish = [&]() {
+      judged.bits |= decide(p.scale, x, row[1], judged.meta, judged.edge);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(judged.empty);
+    };
+    auto write = [&]() {
+      word |= judged.bits << judged.tile % 32;
+      if (judged.tile % 32 && judged.tile / SLOT_TILES != last) return;
+      const int j = judged.tile / 32 * 32 + lane;
+      const bool seen = visible(p.shape, span, unit.batch, j);
+      const u32 visibles = __ballot_sync(FULL_WARP, seen);
+      const u32 always = __ballot_sync(FULL_WARP, seen && always_kept(p.shape, span, bounds, j));
+      word = (__reduce_or_sync(FULL_WARP, word) & visibles) | always;
+      if (lane == 0 && word) atomicOr(mask + judged.tile / 32, word);
+      word = 0;
+    };
 #pragma unroll 1
-    for (int group = hi; group >= lo; group--) {
-      const u32 k_smem = smem + K_AT + slot * SLOT_BYTES, meta = smem + META + 64 * slot;
-      const u32 empty = smem + K_EMPTY + 8 * slot;
-      barrier_wait(smem + K_FULL + 8 * slot, full);
-      if (++slot == SLOTS) slot = 0, full ^= 1;
-      if (idle || group > top || group < bottom) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(empty);
-        continue;
-      }
+    for (int group = first; group >= last; group--) {
+      const u32 k_smem = smem + K_AT + slot * SLOT_BYTES, empty = smem + K_EMPTY + 8 * slot;
       const int tile = group * SLOT_TILES;
+      const u32 meta = smem + META + 64 * slot + tile % GROUP_TILES * 4;
       bool edge = group == top;
       if (WINDOW || PADDED)
 #pragma unroll 1
         for (int t = 0; t < SLOT_TILES; t++)
           edge |= tile + t < span.tile_hi && cut(p.shape, span, unit.batch, tile + t);
-      float scale_k[SLOT_TILES], norm_k[SLOT_TILES];
-#pragma unroll
-      for (int t = 0; t < SLOT_TILES; t++) {
-        scale_k[t] = load_shared_float(meta + (tile % GROUP_TILES + t) * 4);
-        norm_k[t] = load_shared_float(meta + 16 + (tile % GROUP_TILES + t) * 4);
-      }
-      u32 bits = 0;
-#pragma unroll
-      for (int f = 0; f < 2; f++) {
-        int s[ACCUMULATORS], x[SLOT_TILES][2];
-        float margin[SLOT_TILES][2];
-        multiply(s, a[f], k_smem, SLOT_KEYS);
-#pragma unroll
-        for (int t = 0; t < SLOT_TILES; t++)
-#pragma unroll
-          for (int r = 0; r < 2; r++) {
-            margin[t][r] = fmaf(scale_k[t], row[f][r].a, norm_k[t]);
-            asm volatile("" : "+f"(margin[t][r]));  // here, while the product is under way
-          }
+      barrier_wait(smem + K_FULL + 8 * slot, full);
+      if (++slot == SLOTS) slot = 0, full ^= 1;
+      int s[ACCUMULATORS];
+      auto reduce = [&](int f) {
         wgmma_wait<0>();
         pin(s);
-        if (f == 1 && lane == 0) barrier_arrive(empty);
         if (edge) hide(s, p.shape, unit.batch, tile, span.low + f * 64 + row0, lane);
         tile_max<ACCUMULATORS, 0>(s, x[0][0], x[0][1]);
         tile_max<ACCUMULATORS, 1>(s, x[1][0], x[1][1]);
@@ -340,18 +358,25 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         tile_max<ACCUMULATORS, 2>(s, x[2][0], x[2][1]);
         tile_max<ACCUMULATORS, 3>(s, x[3][0], x[3][1]);
 #endif
-        bits |= decide(p.scale, x, row[f], scale_k, margin, edge);
-      }
-      word |= bits << tile % 32;
-      if (tile % 32 == 0 || group == bottom) {
-        const int j = tile / 32 * 32 + lane;
-        const bool seen = visible(p.shape, span, unit.batch, j);
-        const u32 visibles = __ballot_sync(FULL_WARP, seen);
-        const u32 always = __ballot_sync(FULL_WARP, seen && always_kept(p.shape, span, bounds, j));
-        word = (__reduce_or_sync(FULL_WARP, word) & visibles) | always;
-        if (lane == 0 && word) atomicOr(mask + tile / 32, word);
-        word = 0;
-      }
+      };
+      multiply(s, a[0], k_smem, SLOT_KEYS);
+      pin(x);
+      if (group < first) finish();
+      reduce(0);
+      if (group < first) write();
+      multiply(s, a[1], k_smem, SLOT_KEYS);
+      pin(x);
+      judged.bits = decide(p.scale, x, row[0], meta, edge);
+      judged.tile = tile;
+      judged.meta = meta;
+      judged.empty = empty;
+      judged.edge = edge;
+      reduce(1);
     }
+    if (first >= last) {
+      finish();
+      write();
+    }
+    skip_slots(smem, lane, last - lo, slot, full);
   }
 }
