@@ -19,7 +19,13 @@ import bsfa_compile as bsfa
 from bsfa_compile.cli import app
 from bsfa_compile.demo import models as demo_models
 from bsfa_compile.demo import texts
-from bsfa_compile.demo.judge import counters, dropped_tiles, like_dropped, wanted_tiles
+from bsfa_compile.demo.judge import (
+    by_counting,
+    counters,
+    dropped_tiles,
+    match_dropped,
+    wanted_tiles,
+)
 from bsfa_compile.demo.models import GEMMA, QWEN, ModelUnavailableError, PackagedModel, load
 from bsfa_compile.demo.tilemap import DROPPED, INVISIBLE, KEPT, Caught, catching, kept_tiles
 from bsfa_compile.errors import InputError
@@ -203,17 +209,38 @@ def test_k_is_chosen_to_drop_as_many_tiles() -> None:
     model, data = nn.Sequential(Attention(), Attention()), [local(2048)]
     ours = bsfa.calibrate(model, data, progress=False)
     paper = bsfa.calibrate(model, data, sink_tiles=0, progress=False)
-    dropped = []
     solved = ours.thresholds(bsfa.Budget(0.1))
-    for thresholds in (solved, like_dropped(paper, wanted_tiles(ours, solved))):
+    wanted = wanted_tiles(ours, solved)
+
+    def dropped_by(thresholds: bsfa.Thresholds) -> int:
         optimized = bsfa.apply(model, thresholds, dense_if_faster=False, inner="eager")
         with torch.no_grad():
             optimized(*data)
         held = counters(model)
         assert list(held) == ["0", "1"]
-        dropped.append(dropped_tiles(held))
-    assert dropped[0] > 200
-    assert dropped[1] == pytest.approx(dropped[0], rel=0.1)
+        return dropped_tiles(held)
+
+    goal = dropped_by(solved)
+    assert goal == pytest.approx(wanted, rel=0.01)
+    assert goal > 200
+    counted = dropped_by(paper.thresholds(bsfa.TopK(by_counting(paper, wanted))))
+    matched = dropped_by(match_dropped(paper, wanted, goal, dropped_by))
+    assert matched == pytest.approx(goal, rel=0.1)
+    assert abs(matched - goal) <= abs(counted - goal)
+
+
+def test_the_search_for_k_follows_what_is_measured() -> None:
+    torch.manual_seed(0)
+    paper = bsfa.calibrate(Attention(), [local(2048)], sink_tiles=0, progress=False)
+    asked = []
+
+    def dropped_by(thresholds: bsfa.Thresholds) -> int:
+        asked.append(int(thresholds.target.removeprefix("TopK(k=").removesuffix(")")))
+        return 400 - 10 * asked[-1]  # half as steep as counting has it
+
+    found = match_dropped(paper, 250.0, 310, dropped_by)
+    assert found.target == "TopK(k=9)"
+    assert len(asked) == len(set(asked)) <= 3
 
 
 @pytest.mark.parametrize(("gate", "shift"), [("relative", 2.0), ("absolute", 8.0)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from bsfa_compile.evaluate import (
     retrieved,
     tail_logits,
 )
+
+TRIES = 3  # measured values of k, each a forward pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +128,32 @@ def wanted_tiles(calibration: bsfa.Calibration, solved: bsfa.Thresholds) -> floa
     return (solved.dropped or 0.0) * tiles
 
 
-def like_dropped(paper: bsfa.Calibration, wanted: float) -> bsfa.Thresholds:
-    """The paper's thresholds with the k that drops about `wanted` tiles on the calibration data.
+def match_dropped(
+    paper: bsfa.Calibration,
+    wanted: float,
+    goal: int,
+    dropped_by: Callable[[bsfa.Thresholds], int],
+) -> bsfa.Thresholds:
+    """The paper's thresholds with the k that drops `goal` tiles, as `dropped_by` measures.
 
-    A k keeps about k candidates in each q block, so k is found by counting.
+    The first k is the one that would drop `wanted` tiles of the calibration data if each q block
+    kept k candidates; thresholds, which are means, keep more or fewer, so two secant steps follow.
     """
+    tried: dict[int, int] = {}
+    k, most = by_counting(paper, wanted), max(site.max_k for site in paper.sites.values())
+    while k not in tried and len(tried) < TRIES:
+        tried[k] = dropped_by(paper.thresholds(bsfa.TopK(k)))
+        *before, last = tried
+        step = 1 if tried[k] > goal else -1
+        if before and tried[last] != tried[before[-1]]:
+            slope = (tried[last] - tried[before[-1]]) / (last - before[-1])
+            step = round((goal - tried[last]) / slope)
+        k = min(max(k + step, 1), most)
+    return paper.thresholds(bsfa.TopK(min(tried, key=lambda k: abs(tried[k] - goal))))
+
+
+def by_counting(paper: bsfa.Calibration, wanted: float) -> int:
+    """The k at which about `wanted` tiles are left over if each q block keeps k candidates."""
 
     def too_many(k: int) -> float:
         return sum(_left(site, k) * site.heads for site in paper.sites.values()) - wanted
@@ -139,7 +162,7 @@ def like_dropped(paper: bsfa.Calibration, wanted: float) -> bsfa.Thresholds:
     while high - low > 1:
         k = (low + high) // 2
         low, high = (k, high) if too_many(k) > 0 else (low, k)
-    return paper.thresholds(bsfa.TopK(min(low, high, key=lambda k: abs(too_many(k)))))
+    return min(low, high, key=lambda k: abs(too_many(k)))
 
 
 def _left(site: SiteStatistics, k: int) -> float:

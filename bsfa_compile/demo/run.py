@@ -15,7 +15,14 @@ from torch import Tensor
 
 import bsfa_compile as bsfa
 from bsfa_compile.demo import texts
-from bsfa_compile.demo.judge import Judge, counters, dropped_tiles, like_dropped, wanted_tiles
+from bsfa_compile.demo.judge import (
+    Judge,
+    by_counting,
+    counters,
+    dropped_tiles,
+    match_dropped,
+    wanted_tiles,
+)
 from bsfa_compile.demo.models import LoadedModel, load
 from bsfa_compile.demo.outcome import Continuation, Outcome, TileMap
 from bsfa_compile.demo.picture import draw
@@ -112,8 +119,6 @@ def _story(settings: Settings, loaded: LoadedModel, clock: Clock) -> Outcome:
         ours = calibration.thresholds(bsfa.Budget(settings.eps))
     with clock.step("calibrate for the paper's rule"):
         paper_calibration = bsfa.calibrate(model, data, sink_tiles=0, progress=False)
-        wanted = wanted_tiles(calibration, ours)
-        paper = like_dropped(paper_calibration, wanted)
 
     with clock.step("dense: judge"):
         modules = [name for name in ours.values if "#" not in name]
@@ -130,11 +135,17 @@ def _story(settings: Settings, loaded: LoadedModel, clock: Clock) -> Outcome:
         report = bsfa.report(model)
     with clock.step(f"{ours.target}: continue the text"):
         sparse_text = _generate(model, opening, settings.new_tokens)
-    with clock.step("paper's TopK(k): rewrite, match the tiles dropped, judge"):
-        bsfa.apply(model, paper, dense_if_faster=False, inner="eager")
+
+    def dropped_by(thresholds: bsfa.Thresholds) -> int:
+        bsfa.retarget(model, thresholds)
         judge.forward(model)
-        wanted *= ours_measured.first / max(dropped_tiles(counters(model)), 1)
-        paper = like_dropped(paper_calibration, wanted)
+        return dropped_tiles(counters(model))
+
+    with clock.step("paper's TopK(k): rewrite, find k, judge"):
+        wanted = wanted_tiles(calibration, ours)
+        some_k = paper_calibration.thresholds(bsfa.TopK(by_counting(paper_calibration, wanted)))
+        bsfa.apply(model, some_k, dense_if_faster=False, inner="eager")
+        paper = match_dropped(paper_calibration, wanted, ours_measured.first, dropped_by)
         bsfa.retarget(model, paper)
         paper_measured = judge.measure(model)
 
