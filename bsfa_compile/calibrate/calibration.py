@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Mapping
@@ -9,16 +10,20 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch import distributed as dist
 
 from bsfa_compile.calibrate import files
 from bsfa_compile.calibrate.fingerprint import Fingerprint
+from bsfa_compile.calibrate.fit import fit
 from bsfa_compile.calibrate.predict import Prediction, predict
+from bsfa_compile.calibrate.quality import Quality
 from bsfa_compile.calibrate.solve import Sparsity, Target, TopK, solve
 from bsfa_compile.calibrate.statistics import SiteStatistics
 from bsfa_compile.calibrate.thresholds import Thresholds
-from bsfa_compile.errors import CalibrationError
+from bsfa_compile.errors import CalibrationError, InputError
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,35 +55,79 @@ class Calibration:
         return tuple(sorted(set().union(*(site.lengths for site in self.sites.values()))))
 
     def thresholds(
-        self, target: Target, gate: str | None = None, *, precision: str = "auto"
+        self,
+        target: Target | Quality,
+        gate: str | None = None,
+        *,
+        precision: str = "auto",
+        max_length: int | None = None,
     ) -> Thresholds:
         """Solve a target: gate "relative" unless TopK, the paper's, which is "absolute".
 
+        max_length: fit the thresholds over positions (calibrate/fit.py), for inputs of up to so
+        many tokens, which may be longer than those calibrated on; without it a threshold, or the
+        last one of TopK, holds at every position.
+
         Warns if a Sparsity is out of reach: the most that can be dropped is given then, see
-        `Thresholds.dropped`. Raises CalibrationError if no site has statistics.
+        `Thresholds.dropped`. Raises CalibrationError if no site has statistics, and for a Quality,
+        which needs the model: `search` finds its thresholds.
         """
+        if isinstance(target, Quality):
+            raise CalibrationError(
+                f"{target} is a loss of the whole model, which statistics alone do not know: use "
+                "search(model, calibration, target, held_out)"
+            )
         chosen = gate or ("absolute" if isinstance(target, TopK) else "relative")
         values = solve(self.sites, target, chosen)
-        any_site = next(iter(self.sites.values()))
-        solved = Thresholds(
-            values=values,
-            gate=chosen,
-            precision=precision,
-            sink_tiles=any_site.sink_tiles,
-            block_q=any_site.block_q,
-            block_k=any_site.block_k,
-            fingerprint=self.fingerprint,
-            lengths=self.lengths,
-            target=repr(target),
-        )
-        dropped, lost = self._overall(self.predict(solved))
+        solved = self.wrapped(values, chosen, precision, repr(target))
+        solved = self.told(solved if max_length is None else self.fitted(solved, max_length))
+        dropped = solved.dropped or 0.0
         if isinstance(target, Sparsity) and dropped < target.fraction * (1 - 1e-9):
             warnings.warn(
                 f"{target}: thresholds of the {chosen} gate stay at or below their cap and drop "
                 f"{dropped:.3f} of the candidate tiles at most; that is what they do now",
                 stacklevel=2,
             )
-        return replace(solved, dropped=dropped, lost=lost)
+        return solved
+
+    def wrapped(
+        self, values: Mapping[str, Tensor], gate: str, precision: str, target: str
+    ) -> Thresholds:
+        """Thresholds of these values, as made from this calibration."""
+        any_site = next(iter(self.sites.values()))
+        return Thresholds(
+            values=values,
+            gate=gate,
+            precision=precision,
+            sink_tiles=any_site.sink_tiles,
+            block_q=any_site.block_q,
+            block_k=any_site.block_k,
+            fingerprint=self.fingerprint,
+            lengths=self.lengths,
+            target=target,
+        )
+
+    def fitted(self, solved: Thresholds, max_length: int) -> Thresholds:
+        """Solved thresholds as a fit over positions, for inputs of up to `max_length` tokens."""
+        if max_length < 1:
+            raise InputError(f"max_length must be at least 1 token, got {max_length}")
+        curves = {
+            name: fit(self.sites[name], values, solved.gate)
+            for name, values in solved.values.items()
+        }
+        return replace(solved, curves=curves).reaching(max_length)
+
+    def told(self, thresholds: Thresholds) -> Thresholds:
+        """The same with `dropped` and `lost` as predicted on the calibration data."""
+        predictions = self.predict(thresholds)
+        tiles = sum(site.candidates * site.heads for site in self.sites.values())
+        dropped = sum(
+            float(predictions[name].dropped.sum()) * site.candidates
+            for name, site in self.sites.items()
+            if name in predictions
+        )
+        lost = torch.cat([p.lost for p in predictions.values()])
+        return replace(thresholds, dropped=dropped / max(tiles, 1), lost=float(lost.mean()))
 
     def predict(self, thresholds: Thresholds) -> dict[str, Prediction]:
         """What thresholds do on the calibration data, for every site that both know.
@@ -90,16 +139,6 @@ class Calibration:
             for name, site in self.sites.items()
             if name in thresholds.values
         }
-
-    def _overall(self, predictions: Mapping[str, Prediction]) -> tuple[float, float]:
-        """Fraction of all candidate tiles dropped, and mean lost mass over sites and heads."""
-        tiles = sum(site.candidates * site.heads for site in self.sites.values())
-        dropped = sum(
-            float(predictions[name].dropped.sum()) * site.candidates
-            for name, site in self.sites.items()
-        )
-        lost = torch.cat([p.lost for p in predictions.values()])
-        return dropped / max(tiles, 1), float(lost.mean())
 
     def merge(self, other: Calibration) -> Calibration:
         """Both calibrations together, exactly as if made in one go, in any order.
@@ -123,9 +162,31 @@ class Calibration:
             fingerprint=self.fingerprint,
         )
 
+    def gathered(self, group: dist.ProcessGroup | None = None) -> Calibration:
+        """The calibrations of all ranks merged, on every rank; a collective of torch.distributed.
+
+        group: None is the default group. Site by site, so that a rank holds its own statistics
+        and those of one site of the others. Raises CalibrationError as `merge` does.
+        """
+        alone = replace(self, sites={})
+        others: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(others, (alone, list(self.sites)), group)
+        merged, names = alone, dict.fromkeys(name for _, known in others for name in known)
+        for rank, (other, _) in enumerate(others):
+            merged = merged.merge(other) if rank else other
+        sites = {}
+        for name in names:
+            site = self.sites.get(name)
+            states: list[Any] = [None] * len(others)
+            dist.all_gather_object(states, None if site is None else site.state(), group)
+            found = [SiteStatistics.from_state(*state) for state in states if state is not None]
+            sites[name] = functools.reduce(SiteStatistics.merge, found)
+        uncalled = tuple(name for name in merged.uncalled if name not in sites)
+        return replace(merged, sites=sites, uncalled=uncalled)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, replacing one that is there."""
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         plain = {}
         for name, site in self.sites.items():
             parts, plain[name] = site.state()
@@ -153,8 +214,8 @@ class Calibration:
             raise CalibrationError(f"{path}: a field is missing or unknown: {cause}") from cause
 
     @classmethod
-    def _from(cls, tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> Calibration:
-        parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in content["sites"]}
+    def _from(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Calibration:
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in content["sites"]}
         for key, tensor in tensors.items():
             name, _, part = key.rpartition("/")
             parts[name][part] = tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -37,6 +38,21 @@ class Samples:
             raise TypeError(f"{type(self._data).__name__} does not know its length")
         return length
 
+    def split(self) -> tuple[Samples, Samples]:
+        """(to calibrate on, held out): every fourth input is held out, at least one.
+
+        Reads all data into memory. Raises CalibrationError for a single input.
+        """
+        every = list(self._data)
+        if len(every) < 2:
+            raise CalibrationError(
+                "a Quality target is proven on inputs that calibration did not see, and there is "
+                f"only {len(every)} input: pass held_out=..., or at least two inputs"
+            )
+        held = range(3, len(every), 4) if len(every) > 3 else [len(every) - 1]
+        kept = [element for i, element in enumerate(every) if i not in held]
+        return Samples(kept), Samples([every[i] for i in held])
+
     def __iter__(self) -> Iterator[Call]:
         empty = True
         for index, element in enumerate(self._data):
@@ -53,6 +69,8 @@ def samples(calib_data: object) -> Samples:
     keyword arguments. A list is an iterable; inside an iterable a list is what a DataLoader makes
     of a tuple. Raises InputError for anything else, CalibrationError if there is nothing.
     """
+    if isinstance(calib_data, Samples):
+        return calib_data
     if isinstance(calib_data, tuple | Mapping):
         return Samples([calib_data] if calib_data else [])
     if isinstance(calib_data, Tensor):
@@ -74,11 +92,21 @@ def move(call: Call, device: torch.device | str) -> Call:
     )
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter or buffer lives; the CPU if it has none."""
-    for value in (*model.parameters(), *model.buffers()):
+def device_of(model: nn.Module, default: torch.device | None = None) -> torch.device:
+    """Where a module computes: the device of its first parameter or buffer.
+
+    If accelerate brings the weights to a device only to use them, that device. The default, or
+    the CPU, for a module that holds nothing.
+    """
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            device = getattr(part, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    for value in itertools.chain(model.parameters(), model.buffers()):
         return value.device
-    return torch.device("cpu")
+    return torch.device("cpu") if default is None else default
 
 
 class _MapStyle:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from bsfa_compile.calibrate.sample import Sample, blocks, finite, unpad
 from bsfa_compile.calibrate.statistics import GATES, SiteStatistics
+from bsfa_compile.ops import tile_statistics
+from bsfa_compile.ops.call import Call
 from bsfa_compile.ops.gate import (
     block_statistic,
     block_visible,
-    candidates,
     raw_scores,
     row_votes,
     score_dtype,
@@ -25,27 +25,7 @@ from bsfa_compile.ops.tiles import Geometry, unpadded_tiles
 # GPU, at work between two launches. One head of one q block is the least.
 _SCORES_CPU = 2**23
 _SCORES_DEVICE = 2**26
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One batch row without its outer padding: q [1, H, Lq, D], k [1, Hkv, Lk, D].
-
-    mask [1, Lk] on the CPU, None if no padding is left; `geometry` counts positions from the
-    first key that is left.
-    """
-
-    q: Tensor
-    k: Tensor
-    mask: Tensor | None
-    geometry: Geometry
-
-    @property
-    def length(self) -> int:
-        """Tokens the last query row can look at."""
-        g = self.geometry
-        keys = min(g.k_len, g.q_start + g.q_len) if g.is_causal else g.k_len
-        return keys if self.mask is None else int(self.mask[0, :keys].sum())
+_TILES_DEVICE = 2**22  # tiles whose statistics a kernel writes at a time; 150 bytes each in all
 
 
 def measure(
@@ -76,59 +56,31 @@ def measure(
     return added
 
 
-def unpad(q: Tensor, k: Tensor, mask: Tensor | None, geometry: Geometry) -> Sample | None:
-    """Cut off keys and rows that are outer padding; None if no query row or key is left.
-
-    mask bool [Lk]. The left end is cut in whole tiles of both axes, so that no tile moves. A
-    causal row whose own position is a padded key is padding too; other rows all stay.
-    """
-    g = geometry
-    lo, hi, row0, row1 = 0, g.k_len, 0, g.q_len
-    if g.is_causal:
-        hi = min(hi, g.q_start + g.q_len)
-    if mask is not None:
-        keys = mask[:hi].nonzero()[:, 0]
-        if len(keys) == 0:
-            return None
-        first, stop = int(keys[0]), int(keys[-1]) + 1
-        if g.is_causal or g.window is None:
-            tile = math.lcm(g.block_q, g.block_k)
-            lo = first // tile * tile
-        if not g.is_causal or g.q_start + g.q_len <= g.k_len:
-            hi = stop
-            row1 = min(row1, hi - g.q_start) if g.is_causal else row1
-        if g.is_causal:
-            row0 = max(lo - g.q_start, 0)
-    if row0 >= row1 or lo >= hi:
-        return None
-    kept_mask = None if mask is None or bool(mask[lo:hi].all()) else mask[None, lo:hi]
-    start = max(g.q_start - lo, 0) if g.is_causal else g.q_start
-    cut = replace(g, q_len=row1 - row0, k_len=hi - lo, q_start=start)
-    return Sample(q=q[:, :, row0:row1], k=k[:, :, lo:hi], mask=kept_mask, geometry=cut)
-
-
 def _measure_sample(
     sample: Sample, *, softcap: float | None, scale: float, into: SiteStatistics
 ) -> bool:
     g, mask = sample.geometry, sample.mask
     bounds = unpadded_tiles(mask, 1, g.k_len, g.block_k)
-    rows = 0
-    columns: dict[int, Tensor] = {}  # q block of the call -> its candidates [C] among its tiles
-    for i in range(g.q_blocks):
-        start, stop = g.rows(i)
-        votes = row_votes(g, i, mask)
-        voting = stop - start if votes is None else int(votes.sum())
-        if voting:
-            rows += voting
-            columns[i] = candidates(g, i, bounds, mask)[1][0].nonzero()[:, 0]
-    if rows < 2:
+    rows, columns = blocks(sample, bounds[0])
+    if sum(rows.values()) < 2:
+        return False
+    if not finite(sample):
+        into.refused += 1
         return False
     found = {g.first_block + i: len(tiles) for i, tiles in columns.items()}
-    into.add_sample(length=sample.length, rows=rows, blocks=found)
+    voting = {g.first_block + i: count for i, count in rows.items()}
+    into.add_sample(length=sample.length, rows=voting, blocks=found)
+    columns = {i: tiles for i, tiles in columns.items() if tiles}
+    call = _call(sample, softcap=softcap, scale=scale)
+    if columns and tile_statistics.reason(sample.q, sample.k, call) is None:
+        for first, stop in _runs(columns, sample.q.shape[1] * g.k_blocks):
+            found_tiles = [columns[i] for i in range(first, stop) if i in columns]
+            span = min(t[0] for t in found_tiles), max(t[-1] for t in found_tiles) + 1
+            part = tile_statistics.measure(sample.q, sample.k, call, (first, stop), span)
+            into.add_blocks(g.first_block + first, *part)
+        return True
     k = sample.k.to(score_dtype(sample.q)).contiguous()
     for i, tiles in columns.items():
-        if len(tiles) == 0:
-            continue
         seen = _Visible(g, i, mask, sample.q.device)
         parts = [
             _tiles_of(
@@ -141,11 +93,30 @@ def _measure_sample(
             )
             for heads, kv_heads in _head_ranges(sample, seen.scores)
         ]
-        index = tiles.to(sample.q.device)
+        index = torch.tensor(tiles, device=sample.q.device) - g.tiles(i)[0]
         statistic = torch.cat([part[0] for part in parts], dim=1)[:, :, index]
         mass = torch.cat([part[1] for part in parts])[:, index]
         into.add_tiles(g.first_block + i, statistic, mass)
     return True
+
+
+def _call(sample: Sample, *, softcap: float | None, scale: float) -> Call:
+    return Call(
+        geometry=sample.geometry,
+        q_start_tensor=None,
+        key_padding_mask=None if sample.mask is None else sample.mask.to(sample.q.device),
+        scale=scale,
+        softcap=softcap,
+    )
+
+
+def _runs(columns: Mapping[int, Sequence[int]], tiles_per_row: int) -> Iterator[tuple[int, int]]:
+    """The mask rows of `columns` in runs [first, stop) of at most `_TILES_DEVICE` tiles."""
+    first, last, step = min(columns), max(columns), max(1, _TILES_DEVICE // tiles_per_row)
+    for start in range(first, last + 1, step):
+        stop = min(start + step, last + 1)
+        if any(i in columns for i in range(start, stop)):
+            yield start, stop
 
 
 def _head_ranges(sample: Sample, scores_per_head: int) -> Iterator[tuple[slice, slice]]:

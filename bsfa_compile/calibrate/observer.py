@@ -149,8 +149,9 @@ def _observe(
             scale=q.shape[3] ** -0.5 if scale is None else scale,
             into=into,
         )
-        if added:
+        if added or into.refused:
             slot.statistics = into
+        if added:
             slot.calls += 1
             handle[1] += 1
 

@@ -34,13 +34,13 @@ def predict(site: SiteStatistics, values: Tensor, gate: str) -> Prediction:
     share.index_add_(0, column, site.block_candidates.to(torch.float64) / max(site.candidates, 1))
     finite_or_dense = torch.isin(values, EDGES) | (values == -torch.inf)
     return Prediction(
-        dropped=(_at(dropped, values) * share).sum(dim=1),
-        lost=(_at(lost, values) * share).sum(dim=1),
+        dropped=(levels_at(dropped, values) * share).sum(dim=1),
+        lost=(levels_at(lost, values) * share).sum(dim=1),
         exact=bool(finite_or_dense.all()) and bool((values == values[:, :1]).all()),
     )
 
 
-def _at(levels: Tensor, values: Tensor) -> Tensor:
+def levels_at(levels: Tensor, values: Tensor) -> Tensor:
     """Levels [H, len(EDGES)] at thresholds [H, n], linear between two edges: [H, n]."""
     above = torch.searchsorted(EDGES, values.contiguous())
     high = above.clamp_max(len(EDGES) - 1)

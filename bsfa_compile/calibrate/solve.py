@@ -18,6 +18,8 @@ from torch import Tensor
 from bsfa_compile.calibrate.statistics import BINS, EDGES, GATES, UNIT, ZERO_EDGE, SiteStatistics
 from bsfa_compile.errors import CalibrationError, InputError
 
+_TRIM = 4  # votes from which on the smallest and the largest do not count
+
 
 def _fraction(name: str, value: float) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool)
@@ -37,7 +39,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class TopK:
-    """About `k` of the candidate tiles are kept per query block (the paper's target)."""
+    """About `k` of the candidate tiles are kept per query block (the paper's target).
+
+    The threshold is the mean over samples, from four samples on without the smallest and largest.
+    """
 
     k: int
 
@@ -84,7 +89,7 @@ def lost_levels(site: SiteStatistics, gate: str) -> Tensor:
     return lost.to(torch.float64) / (UNIT * max(site.rows, 1))
 
 
-def _last_edges(site: SiteStatistics, gate: str) -> Tensor:
+def last_edges(site: SiteStatistics, gate: str) -> Tensor:
     """The highest edge each head may use, int64 [H]; -1 for a head without candidates.
 
     Relative: the edge at 0. Absolute: the first edge above every statistic seen; going higher
@@ -104,7 +109,7 @@ def _at_edges(index: Tensor) -> Tensor:
 
 def _budget(site: SiteStatistics, eps: float, gate: str) -> Tensor:
     allowed = (lost_levels(site, gate) <= eps).sum(dim=1) - 1  # levels never fall
-    return _at_edges(torch.minimum(allowed, _last_edges(site, gate)))
+    return _at_edges(torch.minimum(allowed, last_edges(site, gate)))
 
 
 def _sparsity(sites: Mapping[str, SiteStatistics], fraction: float, gate: str) -> dict[str, Tensor]:
@@ -113,7 +118,7 @@ def _sparsity(sites: Mapping[str, SiteStatistics], fraction: float, gate: str) -
     heads = 0
     for site in sites.values():
         found = site.counts[GATES.index(gate)]
-        usable = torch.arange(BINS) <= _last_edges(site, gate)[:, None]
+        usable = torch.arange(BINS) <= last_edges(site, gate)[:, None]
         head, bin_ = ((found > 0) & usable).nonzero(as_tuple=True)
         levels.append(lost_levels(site, gate)[head, bin_])
         bins.append(bin_)
@@ -141,7 +146,7 @@ def _up_to_next(site: SiteStatistics, gate: str, index: Tensor) -> Tensor:
     full = site.counts[GATES.index(gate)] > 0
     later = full & (torch.arange(BINS) > index[:, None])
     following = torch.where(later, torch.arange(BINS), BINS).amin(dim=1)
-    moved = torch.minimum(following - 1, _last_edges(site, gate))
+    moved = torch.minimum(following - 1, last_edges(site, gate))
     return torch.where(index >= 0, moved, -1)
 
 
@@ -159,7 +164,11 @@ def _top_k(name: str, site: SiteStatistics, k: int, gate: str) -> Tensor:
     if k > site.mid_sums.shape[3]:  # no block ever had more than k candidates
         return torch.full((site.heads, blocks), -math.inf)
     votes = site.mid_votes[g, :, :, k - 1]
-    mean = site.mid_sums[g, :, :, k - 1].to(torch.float64) / UNIT / votes
+    total = site.mid_sums[g, :, :, k - 1].to(torch.float64) / UNIT
+    ends = (site.mid_low + site.mid_high)[g, :, :, k - 1].to(torch.float64)
+    # So that one odd sample does not move the mean: the smallest and the largest are left out.
+    trimmed = votes >= _TRIM
+    mean = torch.where(trimmed, (total - ends) / (votes - 2), total / votes)
     values = torch.where(votes > 0, mean, -math.inf)
     reached = torch.where(site.reached > 0, torch.arange(blocks), -1)
     nearest = reached.cummax(dim=0).values

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from bsfa_compile.calibrate import files
 from bsfa_compile.calibrate.fingerprint import Fingerprint, Model, fingerprint, unwrap
+from bsfa_compile.calibrate.fit import columns
+from bsfa_compile.calibrate.quality import Proof
 from bsfa_compile.calibrate.statistics import GATES
 from bsfa_compile.errors import ThresholdsError
 from bsfa_compile.ops.tiles import BLOCK_K, BLOCK_Q
 
+FILE_NAME = "bsfa_thresholds.safetensors"  # beside the weights of a checkpoint
 ROOT = "(model)"  # the site name of attention in the forward of the model itself
 PRECISIONS = ("auto", "exact", "int8")
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,7 +33,9 @@ class Thresholds:
     values: site -> float32 [H, n] on the CPU, column = absolute q block, the last one holds for
     all later blocks. lengths: the lengths calibrated on, ascending. target: what was asked for.
     dropped, lost: predicted fraction of candidate tiles dropped over the model, and mean softmax
-    mass lost per query row and head; None if unknown. Raises ThresholdsError for bad values.
+    mass lost per query row and head; None if unknown. proof: what a Quality target came to on
+    held-out inputs. curves: site -> float32 [H, 3], if the columns follow a fit over positions
+    (calibrate/fit.py); only the fit is stored then. Raises ThresholdsError for bad values.
     """
 
     values: Mapping[str, Tensor]
@@ -42,6 +49,8 @@ class Thresholds:
     target: str = ""
     dropped: float | None = None
     lost: float | None = None
+    proof: Proof | None = None
+    curves: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
@@ -65,6 +74,17 @@ class Thresholds:
         plain = {name: value.detach().cpu() for name, value in self.values.items()}
         object.__setattr__(self, "values", plain)
 
+    def reaching(self, length: int) -> Thresholds:
+        """The same fit for inputs of up to `length` tokens. Raises ThresholdsError without one."""
+        if self.curves is None:
+            raise ThresholdsError(
+                "these thresholds were not fitted over positions: solve them with "
+                "Calibration.thresholds(target, max_length=...)"
+            )
+        count = max(1, math.ceil(length / self.block_q))
+        values = {n: columns(curve, count, self.gate) for n, curve in self.curves.items()}
+        return replace(self, values=values)
+
     def equal(self, other: Thresholds) -> bool:
         """Whether every field is the same, thresholds to the bit."""
         return self._content() == other._content() and all(
@@ -77,27 +97,38 @@ class Thresholds:
             for name in ("gate", "precision", "sink_tiles", "block_q", "block_k", "target")
         }
         plain |= {"dropped": self.dropped, "lost": self.lost}
+        plain["proof"] = None if self.proof is None else asdict(self.proof)
         plain["fingerprint"] = None if self.fingerprint is None else asdict(self.fingerprint)
+        wide = next(iter(self.values.values())).shape[1] if self.values else 0
+        plain["fitted_columns"] = None if self.curves is None else wide
         return plain | {"lengths": list(self.lengths), "sites": list(self.values)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, replacing one that is there."""
-        files.save(path, "thresholds", _VERSION, self.values, self._content())
+        files.save(path, "thresholds", _VERSION, self.curves or self.values, self._content())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Thresholds:
-        """Inverse of `save`, to the bit.
+        """Inverse of `save`, to the bit. Of a folder, the file FILE_NAME in it is read.
 
         Raises ThresholdsError for a damaged or foreign file or another format version, and
         OSError for one that cannot be read.
         """
+        path = Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
         tensors, content = files.load(path, "thresholds", _VERSION, ThresholdsError)
         try:
             sites, print_ = content.pop("sites"), content.pop("fingerprint")
+            proof, wide = content.pop("proof"), content.pop("fitted_columns")
+            stored = {name: tensors[name] for name in sites}
+            gate = content["gate"]
+            fitted = {} if wide is None else {n: columns(v, wide, gate) for n, v in stored.items()}
             return cls(
-                values={name: tensors[name] for name in sites},
+                values=fitted or stored,
+                curves=None if wide is None else stored,
                 fingerprint=None if print_ is None else Fingerprint(**print_),
                 lengths=tuple(content.pop("lengths")),
+                proof=None if proof is None else Proof.of(proof),
                 **content,
             )
         except (KeyError, TypeError) as cause:
@@ -125,7 +156,8 @@ def check(thresholds: Thresholds, model: Model, *, sites: Mapping[str, int] | No
     if seen is not None and made is not None and seen.weights != made.weights:
         warnings.warn(
             "the model has the structure but not the weights (or dtype) that these thresholds "
-            "were calibrated on: calibrate again to keep the promised budget",
+            "were calibrated on, as after fine-tuning: bsfa_compile.recheck(model, data, "
+            "thresholds) tells in a few forward passes whether they still hold",
             stacklevel=2,
         )
 

@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from bsfa_compile.ops import validation
+from bsfa_compile.ops.call import lse_dtype
 from bsfa_compile.ops.library import attention
 from bsfa_compile.ops.tiles import BLOCK_K, BLOCK_Q
 
@@ -24,6 +25,7 @@ def block_sparse_attention(
     key_padding_mask: Tensor | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    sinks: Tensor | None = None,
     gate: str = "relative",
     precision: str = "auto",
     sink_tiles: int = 1,
@@ -47,6 +49,7 @@ def block_sparse_attention(
     key_padding_mask: Tensor | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    sinks: Tensor | None = None,
     gate: str = "relative",
     precision: str = "auto",
     sink_tiles: int = 1,
@@ -69,6 +72,7 @@ def block_sparse_attention(
     key_padding_mask: Tensor | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    sinks: Tensor | None = None,
     gate: str = "relative",
     precision: str = "auto",
     sink_tiles: int = 1,
@@ -81,7 +85,7 @@ def block_sparse_attention(
 
     A tile is `block_q` absolute query positions x `block_k` keys. Every score is looked at; a tile
     whose statistic lies below its threshold takes no part in the softmax; the rest is exact.
-    Differentiable in q, k and v, with the same tiles left out of the gradients.
+    Differentiable in q, k, v and sinks, with the same tiles left out of the gradients.
 
     Args:
         q: [batch, heads, q_len, head_dim], any strides.
@@ -96,17 +100,21 @@ def block_sparse_attention(
         key_padding_mask: bool [batch, k_len], True for real keys.
         softcap: scores become softcap * tanh(score / softcap).
         scale: multiplies q.k; default head_dim ** -0.5.
+        sinks: [heads], logits of one more column that has no value: exp(sink) joins the
+            denominator of each row of the head, as in GPT-OSS. Natural-log units, neither scaled
+            nor softcapped; it counts in the log-sum-exp; the gate does not look at it.
         gate: "relative" (row maximum in the tile less the row's running maximum) or "absolute".
         precision: of the decision only: "exact", "int8", or "auto" (int8 where the card's kernels
             have it, exact elsewhere).
         sink_tiles: so many first visible tiles are always kept.
-        return_lse: also return the log-sum-exp of the kept scores [batch, heads, q_len].
+        return_lse: also return the log-sum-exp of the kept scores (and the sink)
+            [batch, heads, q_len].
         dense_if_faster: allow computing *more* than the rule keeps, up to dense attention, where
             that is faster: short inputs, decode, thresholds that are all -inf, few tiles skipped.
 
     Returns:
         [batch, heads, q_len, value_dim] over [batch, q_len, heads, value_dim] storage, and the
-        log-sum-exp if asked. A row that sees no key gives 0 and -inf.
+        log-sum-exp if asked. A row that sees no key gives 0 and -inf (its sink, if there is one).
 
     Raises:
         InputError: an argument has a wrong shape, dtype, device or value.
@@ -114,6 +122,7 @@ def block_sparse_attention(
     validation.check_tensors(q, k, v)
     validation.check_thresholds(thresholds, q)
     validation.check_padding(key_padding_mask, k)
+    validation.check_sinks(sinks, q)
     start = validation.check_start(q_start)
     validation.check_numbers(q, window=window, softcap=softcap, scale=scale, sink_tiles=sink_tiles)
     validation.check_int("block_q", block_q, 1)
@@ -138,5 +147,6 @@ def block_sparse_attention(
         block_q,
         block_k,
         dense_if_faster,
+        None if sinks is None else sinks.to(lse_dtype(q.dtype)),
     )
     return (out, lse) if return_lse else out

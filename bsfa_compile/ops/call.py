@@ -17,7 +17,8 @@ class Call:
     """Mask and score function of one call on q [B, H, Lq, D], k [B, Hkv, Lk, D].
 
     `q_start_tensor` is set only where the query's start is known on the device alone; then
-    `geometry.q_start` is 0 and means nothing. `scale` multiplies q.k, natural-log units.
+    `geometry.q_start` is 0 and means nothing. `scale` multiplies q.k, natural-log units. sinks
+    [H], natural-log logits, join each row's denominator, not the decision.
     """
 
     geometry: Geometry
@@ -25,6 +26,7 @@ class Call:
     key_padding_mask: Tensor | None
     scale: float
     softcap: float | None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ def make_call(
     sink_tiles: int,
     block_q: int,
     block_k: int,
+    sinks: Tensor | None = None,
 ) -> Call:
     """The call that an operator's arguments describe.
 
@@ -81,7 +84,18 @@ def make_call(
         key_padding_mask=key_padding_mask,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
+        sinks=sinks,
     )
+
+
+def join_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> None:
+    """Let sinks [H] join the softmax behind out [B, H, Lq, Dv] and lse [B, H, Lq], in place."""
+    if sinks is None:
+        return
+    column = sinks.to(lse.dtype)[:, None]
+    share = torch.exp(lse - torch.logaddexp(lse, column)).masked_fill(lse == -torch.inf, 0.0)
+    out.mul_(share[..., None])
+    lse.copy_(torch.logaddexp(lse, column))
 
 
 def empty_out(q: Tensor, v: Tensor) -> Tensor:

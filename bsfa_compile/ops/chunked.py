@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bsfa_compile.ops.call import Call, Gate, Result, empty_out, lse_dtype
+from bsfa_compile.ops.call import Call, Gate, Result, empty_out, join_sinks, lse_dtype
 from bsfa_compile.ops.gate import always_kept, kept_tiles, raw_scores, score_dtype, statistic
 from bsfa_compile.ops.quantise import QuantisedKeys, int8_block_scores, quantise_keys
 from bsfa_compile.ops.tiles import pack, unpack
@@ -182,6 +182,7 @@ def attention(
             _put(out[:, hq], part_out, block)
             _put(lse[:, hq], part_lse, block)
     _hide_unseeing(lse, call)
+    join_sinks(out, lse, call.sinks)
     return Result(out=out, lse=lse, tile_mask=pack(kept), counts=counts)
 
 

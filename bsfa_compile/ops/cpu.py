@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bsfa_compile.ops.call import Call, Gate, Result, empty_out, lse_dtype
+from bsfa_compile.ops.call import Call, Gate, Result, empty_out, join_sinks, lse_dtype
 from bsfa_compile.ops.cpu_block import LOG2E, Keys, RowBlock, Scratch
 from bsfa_compile.ops.cpu_heads import Heads
 from bsfa_compile.ops.gate import score_dtype, threshold_column
@@ -55,6 +55,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | N
         if block.visible is not None:
             kept[b, :, i, tiles] &= block.visible
             droppable[b, i, tiles] &= block.visible
+    join_sinks(out, lse, call.sinks)
     dropped = (droppable[:, None] & ~kept).sum(dim=(0, 2, 3))
     counts = torch.stack((dropped, droppable.sum().expand_as(dropped)), dim=1)
     return Result(out=out, lse=lse, tile_mask=pack(kept), counts=counts)
@@ -76,6 +77,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, tile_mask: Tensor) -> tu
             listed: list[int] = kept[b, h, i].nonzero()[:, 0].tolist()
             heads.take_all([j for j in listed if block.tiles[0] <= j < block.tiles[1]])
             out[b, head, block.rows], lse[b, head, block.rows] = heads.result()
+    join_sinks(out, lse, call.sinks)
     return out, lse
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from bsfa_compile.ops.call import Call, Result, empty_out, lse_dtype
+from bsfa_compile.ops.call import Call, Result, empty_out, join_sinks, lse_dtype
 from bsfa_compile.ops.visible import nothing_dropped
 
 MASKED_ROWS = 256  # query rows that share one piece of mask
@@ -48,9 +48,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
         out, lse = _masked(q, k, v, call, fused)
     tile_mask, counts = nothing_dropped(call, q)
     wanted = q.new_empty(q.shape[:3], dtype=lse.dtype)
-    return Result(
-        out=_laid(out, empty_out(q, v)), lse=_laid(lse, wanted), tile_mask=tile_mask, counts=counts
-    )
+    out, lse = _laid(out, empty_out(q, v)), _laid(lse, wanted)
+    join_sinks(out, lse, call.sinks)
+    return Result(out=out, lse=lse, tile_mask=tile_mask, counts=counts)
 
 
 def _laid(x: Tensor, wanted: Tensor) -> Tensor:

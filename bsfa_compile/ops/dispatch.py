@@ -43,8 +43,9 @@ def attention(
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call, *, can_be_dense: bool) -> Result:
     """Every tile kept. On CUDA our own kernels beat torch's on long calls and where those would
-    need a mask in memory; torch's take less time to start."""
-    masked = call.key_padding_mask is not None or call.geometry.window is not None
+    need a mask in memory or a pass of their own for the sinks; torch's take less time to start."""
+    g = call.geometry
+    masked = not (call.key_padding_mask is None and g.window is None and call.sinks is None)
     own = q.device.type == "cuda" and (masked or not can_be_dense or q.shape[2] >= CUDA_TOKENS)
     if own and launch.supported(q, k, v, call, None) is None:
         return launch.attention(q, k, v, call, None)
@@ -114,7 +115,8 @@ def _cpu_by_sample(q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate) -> R
     for sparse, members in runs:
         hkv = slice(members[0], members[-1] + 1)
         hq = slice(hkv.start * groups, hkv.stop * groups)
-        part = (q[:, hq], k[:, hkv], v[:, hkv], call)
+        sinks = None if call.sinks is None else call.sinks[hq]
+        part = (q[:, hq], k[:, hkv], v[:, hkv], dataclasses.replace(call, sinks=sinks))
         if sparse:
             own = dataclasses.replace(gate, thresholds=gate.thresholds[hq])
             parts.append(_sparse(*part, own))
@@ -135,7 +137,7 @@ def _sampled_skip(q: Tensor, k: Tensor, call: Call, gate: Gate) -> Tensor:
     row0, row1 = g.rows(2 * g.q_blocks // 3)
     sample = dataclasses.replace(g, q_start=g.q_start + row0, q_len=row1 - row0)
     padding = None if call.key_padding_mask is None else call.key_padding_mask[:1]
-    one = dataclasses.replace(call, geometry=sample, key_padding_mask=padding)
+    one = dataclasses.replace(call, geometry=sample, key_padding_mask=padding, sinks=None)
     result = cpu.attention(q[:1, :, row0:row1], k[:1], None, one, gate)
     tile0, tile1 = sample.tiles(0)
     return result.counts[:, 0] / max(1, tile1 - tile0)

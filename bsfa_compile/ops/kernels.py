@@ -108,6 +108,45 @@ def sm80_kernel(
     return Sm80Kernel(variant=variant, threads=32 * warps, smem=bytes_for(*buffers))
 
 
+def observe_kernel(
+    arch: str, *, bf16: bool, d: int, softcap: bool = False, padded: bool = False
+) -> Sm80Kernel:
+    """The kernel that measures tiles for calibration, for head dim d of q and k."""
+    per_sm, per_block = (x * KIB for x in _SMEM.get(arch_number(arch), _SMALL_SMEM))
+    asked, d = d, padded_head_dim(d)
+
+    def bytes_for(stages: int) -> int:
+        return (_BLOCK_Q + stages * _BLOCK_K) * _row_bytes(d)
+
+    warps, blocks, stages = next(
+        (warps, blocks, stages)
+        for warps, blocks, stages in ((4, 3, 2), (4, 2, 2), (8, 1, 2), (8, 1, 1))
+        if bytes_for(stages) + KIB <= per_block and blocks * (bytes_for(stages) + 2 * KIB) <= per_sm
+    )
+    defines: dict[str, int] = {
+        "BF16": int(bf16),
+        "D": d,
+        "WARPS": warps,
+        "SOFTCAP": int(softcap),
+        "PADDED": int(padded),
+        "WHOLE": int(asked == d),
+        "K_STAGES": stages,
+        "MIN_BLOCKS": blocks,
+    }
+    variant = Variant(source="sm80/observe.cu", defines=tuple(defines.items()), entry="observe")
+    return Sm80Kernel(variant=variant, threads=32 * warps, smem=bytes_for(stages))
+
+
+def observe_variants(arch: str) -> list[Variant]:
+    """Every specialisation of the calibration kernel."""
+    return [
+        observe_kernel(arch, bf16=bf16, d=d, softcap=softcap, padded=padded).variant
+        for bf16, d, softcap, padded in itertools.product(
+            (True, False), HEAD_DIMS, (False, True), (False, True)
+        )
+    ]
+
+
 PADDING = Variant(source="sm80/padding.cu", defines=(), entry="padding")
 
 
@@ -139,5 +178,5 @@ def sm80_variants(arch: str) -> list[Variant]:
 
 def variants(arch: str) -> list[Variant]:
     """Every variant worth building ahead for `arch` ("sm_90a", "sm_80", ...)."""
-    found = sm80_variants(arch)
+    found = sm80_variants(arch) + observe_variants(arch)
     return found + sm90_variants() if arch == "sm_90a" else found

@@ -3,10 +3,11 @@
 Compiler caches do not key on a custom operator's schema or fake, hence a version in each name.
 Shapes: q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]. Outputs:
   out        [B, H, Lq, Dv] over [B, Lq, H, Dv] storage, dtype of q
-  lse        [B, H, Lq] natural log, skipped tiles excluded, -inf for a row that sees nothing;
-             float32 (float64 if q is)
+  lse        [B, H, Lq] natural log, skipped tiles excluded, the sink included, -inf for a row
+             that sees nothing; float32 (float64 if q is)
   tile_mask  int32 [B, H, mask_rows(Lq), mask_words(Lk)], see `tiles.pack`
   counts     int64 [H, 2]: (dropped, candidates); a candidate tile is visible and not always kept
+sinks [H], in lse's dtype: one more logit in the denominator of each row of a head.
 Arguments are validated by `attention.block_sparse_attention`, not here.
 """
 
@@ -29,12 +30,12 @@ _MASK = (
 )
 _SCHEMAS = {
     "attention_v1": f"(Tensor q, Tensor k, Tensor v, Tensor? thresholds, {_MASK}, str gate, "
-    "str precision, int sink_tiles, int block_q, int block_k, bool dense_if_faster) "
-    "-> (Tensor out, Tensor lse, Tensor tile_mask, Tensor counts)",
+    "str precision, int sink_tiles, int block_q, int block_k, bool dense_if_faster, "
+    "Tensor? sinks=None) -> (Tensor out, Tensor lse, Tensor tile_mask, Tensor counts)",
     "gate_v1": f"(Tensor q, Tensor k, Tensor thresholds, {_MASK}, str gate, str precision, "
     "int sink_tiles, int block_q, int block_k) -> (Tensor tile_mask, Tensor counts)",
     "attend_v1": f"(Tensor q, Tensor k, Tensor v, Tensor tile_mask, {_MASK}, int block_q, "
-    "int block_k) -> (Tensor out, Tensor lse)",
+    "int block_k, Tensor? sinks=None) -> (Tensor out, Tensor lse)",
     "attend_backward_v1": "(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, "
     f"Tensor out, Tensor lse, Tensor tile_mask, {_MASK}, int block_q, int block_k) "
     "-> (Tensor, Tensor, Tensor)",
@@ -47,14 +48,27 @@ for _name, _schema in _SCHEMAS.items():
     )
 
 
-# In the schemas' order: `mask` is the 7 arguments key_padding_mask ... scale.
+# In the schemas' order: `mask` is the 7 arguments key_padding_mask ... scale. Trailing defaults may
+# be missing.
+
+
+def _sinks(last: Sequence[Any]) -> Tensor | None:
+    return last[0] if last else None
 
 
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, thresholds: Tensor | None, *config: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *mask, gate, precision, sink_tiles, block_q, block_k, dense_if_faster = config
-    call = make_call(q, k, mask, sink_tiles=sink_tiles, block_q=block_q, block_k=block_k)
+    *mask, gate, precision, sink_tiles, block_q, block_k, dense_if_faster = config[:13]
+    call = make_call(
+        q,
+        k,
+        mask,
+        sink_tiles=sink_tiles,
+        block_q=block_q,
+        block_k=block_k,
+        sinks=_sinks(config[13:]),
+    )
     rule = None
     if thresholds is not None:
         rule = Gate(thresholds=thresholds, rule=gate, precision=precision)
@@ -72,10 +86,10 @@ def _gate(q: Tensor, k: Tensor, thresholds: Tensor, *config: Any) -> tuple[Tenso
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, tile_mask: Tensor, *config: Any
 ) -> tuple[Tensor, Tensor]:
-    *mask, block_q, block_k = config
-    return dispatch.attend(
-        q, k, v, tile_mask, make_call(q, k, mask, sink_tiles=0, block_q=block_q, block_k=block_k)
-    )
+    *mask, block_q, block_k = config[:9]
+    sinks = _sinks(config[9:])
+    call = make_call(q, k, mask, sink_tiles=0, block_q=block_q, block_k=block_k, sinks=sinks)
+    return dispatch.attend(q, k, v, tile_mask, call)
 
 
 def _attend_backward(
@@ -96,8 +110,10 @@ def _outputs(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[Tensor, 
     return tile_mask, q.new_empty((q.shape[1], 2), dtype=torch.int64)
 
 
-def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *config: Any) -> tuple[Tensor, ...]:
-    block_q, block_k = config[-3:-1]
+def _fake_attention(
+    q: Tensor, k: Tensor, v: Tensor, thresholds: Tensor | None, *config: Any
+) -> tuple[Tensor, ...]:
+    block_q, block_k = config[10:12]
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
     return empty_out(q, v), lse, *_outputs(q, k, block_q, block_k)
 
@@ -116,37 +132,45 @@ def _fake_backward(
     return empty_out(q, q), empty_out(k, k), empty_out(v, v)
 
 
-def _save(ctx: Any, tensors: tuple[Tensor, ...], mask: Sequence[Any], blocks: Any) -> None:
+def _save(
+    ctx: Any, tensors: tuple[Tensor, ...], mask: Sequence[Any], blocks: Any, last: Sequence[Any]
+) -> None:
     padding, start, *ctx.mask = mask
-    ctx.blocks = blocks
-    ctx.save_for_backward(*tensors, padding, start)
+    ctx.blocks, ctx.trailing = blocks, len(last)
+    ctx.save_for_backward(*tensors, padding, start, _sinks(last))
 
 
 def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     q, k, v, _, *config = inputs
     out, lse, tile_mask, counts = output
     ctx.mark_non_differentiable(tile_mask, counts)
-    _save(ctx, (q, k, v, out, lse, tile_mask), config[:7], config[10:12])
+    _save(ctx, (q, k, v, out, lse, tile_mask), config[:7], config[10:12], config[13:])
 
 
 def _attend_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     q, k, v, tile_mask, *config = inputs
-    _save(ctx, (q, k, v, *output, tile_mask), config[:7], config[7:])
+    _save(ctx, (q, k, v, *output, tile_mask), config[:7], config[7:9], config[9:])
 
 
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor, Tensor] = attend_backward(
-        grad_out, grad_lse, *ctx.saved_tensors, *ctx.mask, *ctx.blocks
-    )
-    return grads
+def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor, others: int) -> tuple[Any, ...]:
+    """Of q, k, v, then None for `others` arguments, then of the sinks if they were passed."""
+    *saved, sinks = ctx.saved_tensors
+    grads = attend_backward(grad_out, grad_lse, *saved, *ctx.mask, *ctx.blocks)
+    of_sinks = None
+    if sinks is not None and ctx.needs_input_grad[-1]:
+        out, lse = saved[3:5]
+        share = torch.exp(sinks[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
+        through_out = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1)
+        of_sinks = (share * (grad_lse - through_out)).sum(dim=(0, 2))
+    return *grads, *[None] * others, *[of_sinks] * ctx.trailing
 
 
 def _attention_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor, *_: Any) -> tuple[Any, ...]:
-    return *_gradients(ctx, grad_out, grad_lse), *[None] * 14
+    return _gradients(ctx, grad_out, grad_lse, 14)
 
 
 def _attend_backward_formula(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    return *_gradients(ctx, grad_out, grad_lse), *[None] * 10
+    return _gradients(ctx, grad_out, grad_lse, 10)
 
 
 def _lower(x: Tensor) -> Tensor:

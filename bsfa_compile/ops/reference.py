@@ -157,10 +157,13 @@ def attention(
     key_padding_mask: Tensor | None = None,
     scale: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention over the kept tiles: (out [B, H, Lq, Dv], lse [B, H, Lq]).
 
     A row that sees nothing gives 0 and -inf. Skipped tiles leave numerator and denominator.
+    sinks [H]: logits of one more column per head, without a value, that no gate looks at: it is
+    in every row's denominator and so in lse.
     """
     g = geometry
     row_block = (g.q_start + torch.arange(g.q_len)) // g.block_q - g.first_block
@@ -169,6 +172,8 @@ def attention(
     allowed = allowed & visibility(g, key_padding_mask, q.shape[0])[:, None]
     s = scores(q, k, scale, softcap).masked_fill(~allowed, -math.inf)
     lse = torch.logsumexp(s, dim=-1) if g.k_len else s.new_full(s.shape[:-1], -math.inf)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
     p = torch.exp(s - torch.where(lse == -math.inf, 0.0, lse)[..., None])
     return p @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1), lse
 

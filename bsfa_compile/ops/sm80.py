@@ -17,7 +17,7 @@ from bsfa_compile.ops.compiler import KernelUnavailable, arch_for
 from bsfa_compile.ops.driver import Kernel, launch, load, zero
 from bsfa_compile.ops.tiles import BLOCK_K, BLOCK_Q, mask_rows, mask_words
 
-_PARAMS = struct.Struct("<11Q6q15i2f4x")  # Params of cuda/sm80/attention.cu
+_PARAMS = struct.Struct("<12Q6q15i2f4x")  # Params of cuda/sm80/attention.cu
 _PADDING_PARAMS = struct.Struct("<3Q2qi4x")  # Params of cuda/sm80/padding.cu
 _LONGEST = 2**29  # positions, so that device arithmetic on them stays within an int
 _FURTHEST = 2**25  # elements between rows
@@ -30,7 +30,8 @@ def _decide(gate: Gate | None) -> int:
 
 
 @functools.cache
-def _arch(device: int) -> str:
+def arch_of(device: int) -> str:
+    """What to build for, for CUDA device `device`."""
     return arch_for(torch.cuda.get_device_capability(device))
 
 
@@ -48,7 +49,7 @@ def _key(q: Tensor, v: Tensor | None, decide: int, call: Call) -> _Key:
 def _kernel(key: _Key) -> tuple[Kernel, int, int]:
     """(kernel, threads, bytes of shared memory)."""
     device, dtype, d, dv, decide, attend, softcap, padded = key
-    arch = _arch(device)
+    arch = arch_of(device)
     chosen = kernels.sm80_kernel(
         arch,
         bf16=dtype == torch.bfloat16,
@@ -86,8 +87,8 @@ def _misaligned(name: str, x: Tensor) -> str | None:
     return None
 
 
-def reason(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None) -> str | None:
-    """Why these kernels cannot do this call; None if they can. v None: the gate alone."""
+def unsuited(q: Tensor, k: Tensor, v: Tensor | None, call: Call) -> str | None:
+    """Why the portable kernels cannot take these tensors and this mask; None if they can."""
     g = call.geometry
     if q.dtype not in _DTYPES or k.dtype != q.dtype or (v is not None and v.dtype != q.dtype):
         return f"the kernels take bfloat16 or float16, all alike; q is {q.dtype}, k {k.dtype}"
@@ -99,21 +100,26 @@ def reason(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None
         return "an empty input"
     if max(g.q_start + g.q_len, g.k_len) > _LONGEST:
         return f"positions beyond {_LONGEST}"
-    if gate is not None and gate.precision == "int8":
-        return "int8 decisions are not built for this card; precision 'exact' or 'auto' is"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x is not None and (bad := _misaligned(name, x)):
             return bad
-    return _unavailable(_key(q, v, _decide(gate), call))
+    return None
 
 
-def _padding(mask: Tensor, k_len: int, stream: int) -> tuple[Tensor, Tensor]:
+def reason(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None) -> str | None:
+    """Why these kernels cannot do this call; None if they can. v None: the gate alone."""
+    if gate is not None and gate.precision == "int8":
+        return "int8 decisions are not built for this card; precision 'exact' or 'auto' is"
+    return unsuited(q, k, v, call) or _unavailable(_key(q, v, _decide(gate), call))
+
+
+def padding(mask: Tensor, k_len: int, stream: int) -> tuple[Tensor, Tensor]:
     """A key padding mask [B, Lk] as (bits [B, tiles] int64, bounds [B, 2] int32)."""
     batch, tiles = mask.shape[0], -(-k_len // BLOCK_K)
     bits = torch.empty((batch, tiles), dtype=torch.int64, device=mask.device)
     bounds = torch.empty((batch, 2), dtype=torch.int32, device=mask.device)
     device = mask.device.index
-    kernel = load(kernels.PADDING, _arch(device), device)
+    kernel = load(kernels.PADDING, arch_of(device), device)
     params = _PADDING_PARAMS.pack(
         mask.data_ptr(), bits.data_ptr(), bounds.data_ptr(), mask.stride(0), mask.stride(1), k_len
     )
@@ -144,11 +150,12 @@ def _run(
     stream = torch.cuda.current_stream(device).cuda_stream
     key_bits = bounds = None
     if call.key_padding_mask is not None:
-        key_bits, bounds = _padding(call.key_padding_mask, g.k_len, stream)
+        key_bits, bounds = padding(call.key_padding_mask, g.k_len, stream)
     columns = 1
     if thresholds is not None:
         thresholds = thresholds.contiguous()
         columns = 1 if thresholds.dim() == 1 else thresholds.shape[1]
+    sinks = None if call.sinks is None else call.sinks.contiguous()
     if counts is not None:  # the kernel adds to it
         zero(counts.data_ptr(), counts.numel() * 8, stream)
     values = k if v is None else v
@@ -165,6 +172,7 @@ def _run(
         _pointer(counts),
         _pointer(key_bits),
         _pointer(bounds),
+        _pointer(sinks),
         _pointer(call.q_start_tensor),
         q_stride[0],
         q_stride[1],

@@ -123,7 +123,7 @@ class _Run:
     """One call's stream and the parameters that its kernels share."""
 
     def __init__(self, q: Tensor, k: Tensor, call: Call, plan: Plan) -> None:
-        self.q, self.k, self.plan = q, k, plan
+        self.q, self.k, self.plan, self.sinks = q, k, plan, call.sinks
         self.stream = torch.cuda.current_stream(q.device.index).cuda_stream
         self.padding = None  # kept alive until the kernels are queued
         if call.key_padding_mask is not None:
@@ -168,7 +168,9 @@ class _Run:
         out, lse = empty_out(q, v), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         stage = plan.attend_all if tiles is None else plan.attend_listed
         mask = 0 if tiles is None else tiles.data_ptr()
-        pointers = (mask, out.data_ptr(), lse.data_ptr(), counter)
+        sinks = None if self.sinks is None else self.sinks.contiguous()
+        sinks_at = 0 if sinks is None else sinks.data_ptr()
+        pointers = (mask, out.data_ptr(), lse.data_ptr(), sinks_at, counter)
         params = self.shape + plan.attend_params(pointers)
         maps = (self.map(q, BLOCK_Q), self.map(self.k, BLOCK_K), self.map(v, BLOCK_K))
         stage.run((*maps, params), self.stream, overlap=overlap)

@@ -31,7 +31,7 @@ POINTER, _INT = struct.Struct("<Q"), struct.Struct("<i")
 _KEYS_TAIL = struct.Struct("<3q4i")  # Keys of quantise.cu, after the pointer
 ZEROS = struct.Struct("<3Q3q")  # Zeros of quantise.cu
 _GATE = struct.Struct("<2i5Q5i2f4x")  # Params of gate.cu, after the Shape
-_ATTEND = struct.Struct("<2i4Q3i2f4x")  # Params of attend.cu, after the Shape
+_ATTEND = struct.Struct("<2i5Q3i2f4x")  # Params of attend.cu, after the Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ class Plan:
         )
 
     def attend_params(self, pointers: tuple[int, ...]) -> bytes:
-        """pointers: tile mask, out, lse, counter."""
+        """pointers: tile mask, out, lse, sinks, counter."""
         return _ATTEND.pack(
             self.kv_total,
             self._width(_ATTEND_SHARE, 2 * (self.d + self.dv)),

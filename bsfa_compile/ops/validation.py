@@ -94,6 +94,22 @@ def check_padding(mask: Tensor | None, k: Tensor) -> None:
         )
 
 
+def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    """Shape, dtype and device of sinks; their values are not read."""
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor) or not sinks.dtype.is_floating_point:
+        kind = sinks.dtype if isinstance(sinks, Tensor) else type(sinks).__name__
+        raise InputError(f"sinks are {kind}; wanted a floating tensor [heads], one logit a head.")
+    if sinks.shape != (q.shape[1],):
+        raise InputError(
+            f"sinks have shape {_shape(sinks)}; wanted [heads] = [{q.shape[1]}]. "
+            f"How many first tiles are always kept is sink_tiles."
+        )
+    if sinks.device != q.device:
+        raise InputError(f"sinks are on {sinks.device}, q is on {q.device}; wanted one device.")
+
+
 def check_start(q_start: int | Tensor) -> int:
     """Type and range of q_start; returns the integer to pass, 0 if it is a tensor."""
     if isinstance(q_start, Tensor):

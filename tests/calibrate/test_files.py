@@ -166,7 +166,7 @@ def test_foreign_files_and_versions_are_refused(
     with pytest.raises(ThresholdsError, match="version '99'"):
         Thresholds.load(path)
     for kind, load in (("thresholds", Thresholds.load), ("calibration", Calibration.load)):
-        files.save(path, kind, 1, {}, {"sites": ["a"]})
+        files.save(path, kind, 2, {}, {"sites": ["a"]})
         with pytest.raises(BsfaError, match="a field is missing"):
             load(path)
     with pytest.raises(FileNotFoundError):

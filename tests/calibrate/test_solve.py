@@ -175,9 +175,9 @@ def test_top_k_is_the_papers_definition(
 def test_one_infinite_sample_does_not_poison_the_mean() -> None:
     site = SiteStatistics(1, block_q=16, block_k=8, sink_tiles=1, max_k=4)
     long, short = {0: 0, 1: 3}, {0: 0, 1: 1}
-    site.add_sample(length=32, rows=32, blocks=long)
+    site.add_sample(length=32, rows={0: 16, 1: 16}, blocks=long)
     site.add_tiles(1, torch.tensor([[[-1.0, -2.0, -4.0]]] * 2), torch.ones(1, 3))
-    site.add_sample(length=24, rows=24, blocks=short)
+    site.add_sample(length=24, rows={0: 16, 1: 8}, blocks=short)
     site.add_tiles(1, torch.tensor([[[-9.0]]] * 2), torch.ones(1, 1))
     solved = solve({"a": site}, TopK(1), "absolute")["a"]
     assert solved.tolist() == [[-math.inf, -1.5]]
@@ -185,10 +185,21 @@ def test_one_infinite_sample_does_not_poison_the_mean() -> None:
     assert solve({"a": site}, TopK(3), "absolute")["a"].tolist() == [[-math.inf, -math.inf]]
 
 
+def test_one_odd_sample_does_not_move_the_mean() -> None:
+    site = SiteStatistics(1, block_q=16, block_k=8, sink_tiles=1, max_k=4)
+    odd = SiteStatistics(1, block_q=16, block_k=8, sink_tiles=1, max_k=4)
+    for value, into in ((-1.0, site), (-3.0, site), (-2.0, site), (9e5, odd)):
+        into.add_sample(length=32, rows={0: 16, 1: 16}, blocks={0: 0, 1: 2})
+        into.add_tiles(1, torch.full((2, 1, 2), value), torch.ones(1, 2))
+    assert solve({"a": site}, TopK(1), "absolute")["a"].tolist() == [[-math.inf, -2.0]]
+    for both in (site.merge(odd), odd.merge(site)):
+        assert solve({"a": both}, TopK(1), "absolute")["a"].tolist() == [[-math.inf, -1.5]]
+
+
 def test_a_block_without_a_sample_takes_the_nearest_earlier() -> None:
     site = SiteStatistics(1, block_q=16, block_k=8, sink_tiles=1, max_k=4)
     for block, value in ((2, -1.0), (5, -3.0)):
-        site.add_sample(length=100, rows=16, blocks={block: 2})
+        site.add_sample(length=100, rows={block: 16}, blocks={block: 2})
         site.add_tiles(block, torch.full((2, 1, 2), value), torch.ones(1, 2))
     solved = solve({"a": site}, TopK(1), "absolute")["a"][0].tolist()
     assert solved == [-math.inf, -math.inf, -1.0, -1.0, -1.0, -3.0]

@@ -187,14 +187,29 @@ def test_chunks_of_whole_tiles_add_up_to_the_prompt(inputs: Inputs, observed: Ob
 
 def test_a_nan_tile_is_never_dropped_and_costs_its_rows(inputs: Inputs, observed: Observed) -> None:
     q, k = inputs(6, (1, 2, 2, 64, 64), torch.float32)
-    k[0, 0, 20] = math.nan
-    k[0, 1, 20] = math.inf
+    k[0, :, 20] = 3e38  # finite, but its scores overflow to inf and NaN
     g = Geometry(q_len=64, k_len=64, is_causal=True, block_q=16, block_k=8)
     got = observed(q, k, g)
     assert (got.counts[:, :, -1] > 0).all()
     later = got.mass[1, 0].sum() / UNIT
     assert later >= 2 * 16  # blocks whose rows see the NaN count as lost in every tile
     assert bool((got.mass >= 0).all())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["query", "key"])
+def test_a_sample_that_is_not_finite_is_left_out(
+    inputs: Inputs, observed: Observed, value: float, where: str
+) -> None:
+    """In a batch too: what the good sample says stays as it is."""
+    q, k = inputs(7, (2, 2, 2, 64, 64), torch.float32)
+    g = Geometry(q_len=64, k_len=64, is_causal=True, block_q=16, block_k=8)
+    good = observed(q[:1], k[:1], g)
+    (q if where == "query" else k)[1, 0, 40, 3] = value
+    got = observed(q, k, g)
+    assert got.refused == 1 and got.samples == 1 and got.candidates > 0
+    got.refused = 0
+    assert got.equal(good)
 
 
 class _Largest(TorchDispatchMode):

@@ -32,13 +32,15 @@ def test_a_sample_compiles(arch: str) -> None:
     for decide in (kernels.KEEP_ALL, kernels.RELATIVE, kernels.GIVEN):
         chosen = kernels.sm80_kernel(arch, bf16=True, d=128, dv=128, decide=decide, attend=True)
         sample.append(chosen.variant)
+    sample.append(kernels.observe_kernel(arch, bf16=True, d=128).variant)
+    sample += random.Random(arch).sample(kernels.observe_variants(arch), 2)
     compile_and_check(arch, sample)
 
 
 @pytest.mark.variants
 @pytest.mark.parametrize("arch", ARCHS)
 def test_all_compile(arch: str) -> None:
-    compile_and_check(arch, kernels.sm80_variants(arch))
+    compile_and_check(arch, kernels.sm80_variants(arch) + kernels.observe_variants(arch))
 
 
 @pytest.mark.parametrize("arch", ARCHS)

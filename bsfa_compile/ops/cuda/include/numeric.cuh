@@ -44,6 +44,12 @@ __device__ __forceinline__ float log2_approx(float x) {
   return r;
 }
 
+// log2(2^a + 2^b).
+__device__ __forceinline__ float log2_add(float a, float b) {
+  const float high = max_nan(a, b);
+  return high == NEG_INF ? high : high + log2_approx(1.f + exp2_approx(-fabsf(a - b)));
+}
+
 __device__ __forceinline__ float reciprocal(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));

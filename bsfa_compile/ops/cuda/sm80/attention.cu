@@ -36,6 +36,7 @@ struct Params {
   u64* counts;               // [H, 2]: dropped, candidates
   const u64* key_bits;       // [B, k tiles]: bit c is key c of the tile unpadded; if PADDED
   const int* key_bounds;     // [B, 2]: tiles between the first and the last unpadded key
+  const float* sinks;        // [H]: one more logit a row, natural-log units; null: none
   const long long* q_start;  // scalar on the device; null: q_start_value
   long long q_stride[2], k_stride[2], v_stride[2];  // batch, head; in elements
   int q_row, k_row, v_row;                          // elements between rows
@@ -496,9 +497,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
     sum[r] = quad_sum(sum[r]);
     const bool empty = sum[r] == 0.f;
     inverse[r] = empty ? 0.f : 1.f / sum[r];
+    float total = empty ? NEG_INF : running[r] * scale_log2 + log2_approx(sum[r]);
+    if (p.sinks) {
+      const float seen = total;
+      total = log2_add(seen, p.sinks[head] * LOG2E);
+      if (!empty) inverse[r] *= exp2_approx(seen - total);
+    }
     if (t4 == 0 && row >= g.row_begin && row < g.row_end)
       p.lse[(static_cast<long long>(batch) * p.heads + head) * p.q_len + row] =
-          empty ? NEG_INF : running[r] * scale + log2_approx(sum[r]) * LN2;
+          total * LN2;
   }
 #if Q_REGISTERS == 2
   __syncthreads();  // V is read before the output overwrites it

@@ -56,6 +56,7 @@ struct Params {
   const u32* mask_gmem;  // LIST: [B, H, rows, words]
   u16* out_gmem;         // [B, Lq, H, VALUE_DIM]
   float* lse_gmem;       // [B, H, Lq]
+  const float* sinks_gmem;  // [H]: one more logit a row, natural-log units; null: none
   int* counter_gmem;     // zero on entry
   int heads, kv_heads, items;
   float scale, softcap;
@@ -444,15 +445,20 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     for (int r = 0; r < 2; r++) {
       const int at = item.span.row0 + row + 8 * r;
       if (at < 0 || at >= p.shape.q_len) continue;
-      const float l = r ? l1 : l0, m = r ? m1 : m0, inverse = l == 0.f ? 0.f : 1.f / l;
+      const float l = r ? l1 : l0, m = r ? m1 : m0;
+      float inverse = l == 0.f ? 0.f : 1.f / l, total = l == 0.f ? NEG_INF : m + log2_approx(l);
+      if (p.sinks_gmem) {
+        const float seen = total;
+        total = log2_add(seen, p.sinks_gmem[item.head] * LOG2E);
+        if (l != 0.f) inverse *= exp2_approx(seen - total);
+      }
       u16* out = out_row(p, item, at) + (lane & 3) * 2;
 #pragma unroll
       for (int i = 0; i < VALUE_DIM / 8; i++)
         *(u32*)(out + i * 8) =
             pack_16bit(o[i * 4 + 2 * r] * inverse, o[i * 4 + 2 * r + 1] * inverse);
       if ((lane & 3) == 0)
-        p.lse_gmem[((i64)item.batch * p.heads + item.head) * p.shape.q_len + at] =
-            l == 0.f ? NEG_INF : (m + log2_approx(l)) * LN2;
+        p.lse_gmem[((i64)item.batch * p.heads + item.head) * p.shape.q_len + at] = total * LN2;
     }
   }
   if (wg == 0) named_sync(1, 256);  // takes up the last arrival, so that the barrier ends clean
