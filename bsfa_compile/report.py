@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -13,7 +15,11 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from bsfa_compile.calibrate.quality import Proof
+from bsfa_compile.demo.outcome import TileMap
 from bsfa_compile.errors import InputError
+from bsfa_compile.evaluate.outcome import Evaluation, finite
+from bsfa_compile.html import render
 from bsfa_compile.ops import library
 from bsfa_compile.passes.sites import find, owner
 from bsfa_compile.state import Seen, State, site_name, state_of
@@ -30,12 +36,14 @@ class SiteReport:
     reason: why it is dense; for a rewritten site, why it is dense in some other graph (decoding,
     most often), None if it is nowhere. skipped: fraction of all candidate tiles skipped in the
     runs so far, candidates being the visible tiles that are not always kept; None before any run.
+    heads: the same for every head; empty before any run.
     """
 
     name: str
     rewritten: bool
     reason: str | None
     skipped: float | None
+    heads: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +52,10 @@ class Report:
 
     target, gate, precision: what the thresholds were made for. expected_skipped, expected_lost:
     fraction of tiles and of softmax mass, as solved on the calibration data; None if unknown.
+    proof: what a Quality target came to on held-out inputs, and whether it holds. calls: attention
+    calls so far: "sparse", "decode" (dense by design), "dense" for another reason, and "eager":
+    dense because their module ran outside the compiled graphs. evaluation: what was measured of
+    the model, by `bsfa eval` for one; tile_maps: the tiles of some heads.
     """
 
     sites: tuple[SiteReport, ...]
@@ -52,6 +64,16 @@ class Report:
     precision: str = ""
     expected_skipped: float | None = None
     expected_lost: float | None = None
+    proof: Proof | None = None
+    calls: Mapping[str, int] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    tile_maps: tuple[TileMap, ...] = ()
+
+    @property
+    def coverage(self) -> float | None:
+        """Fraction of the calls, decoding apart, that ran sparse; None before any."""
+        wanted = sum(n for name, n in self.calls.items() if name != "decode")
+        return self.calls.get("sparse", 0) / wanted if wanted else None
 
     @property
     def skipped(self) -> float | None:
@@ -60,8 +82,19 @@ class Report:
         return sum(rates) / len(rates) if rates else None
 
     def to_json(self) -> str:
-        """All fields as JSON text."""
-        return json.dumps(asdict(self), indent=2)
+        """All fields as JSON text; numbers that are not finite are null."""
+        return json.dumps(finite(asdict(self)), indent=2)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one self-contained page (.html), or the data (.json).
+
+        Raises InputError for another suffix.
+        """
+        target = Path(path)
+        if target.suffix not in (".html", ".json"):
+            raise InputError(f"a report is saved as .html or .json, got {target.name!r}")
+        text = render(self) if target.suffix == ".html" else f"{self.to_json()}\n"
+        target.write_text(text, "utf-8")
 
     def __str__(self) -> str:
         table = Table()
@@ -87,6 +120,11 @@ class Report:
                 f"on the calibration data {self.expected_skipped:.1%} of tiles skipped, "
                 f"{self.expected_lost:.2%} of softmax mass lost"
             )
+        if self.proof is not None:
+            parts.append(str(self.proof))
+        if self.calls:
+            told = ", ".join(f"{n} {name}" for name, n in self.calls.items())
+            parts.append(f"attention calls: {told}")
         return "; ".join(parts)
 
 
@@ -105,6 +143,8 @@ def report(model: nn.Module | fx.GraphModule | ExportedProgram) -> Report:
             precision=solved.precision,
             expected_skipped=solved.dropped,
             expected_lost=solved.lost,
+            proof=solved.proof,
+            calls=dict(state.calls),
         )
     if isinstance(model, fx.GraphModule | ExportedProgram):
         sites = tuple(_of_graph(model))
@@ -131,6 +171,7 @@ def _of_state(state: State) -> Iterator[SiteReport]:
             rewritten=bool(seen.sparse) or (name in state.thresholds.values and not reasons),
             reason="; ".join(reasons) or None,
             skipped=None if held is None else _rate(held[1]),
+            heads=() if held is None else _rates(held[1]),
         )
 
 
@@ -138,6 +179,13 @@ def _rate(counters: Tensor) -> float | None:
     """Dropped over candidates, over all heads: counters int64 [H, 2]."""
     dropped, candidates = counters.sum(dim=0).tolist()
     return dropped / candidates if candidates else None
+
+
+def _rates(counters: Tensor) -> tuple[float, ...]:
+    """`_rate` of every head; empty before any run."""
+    counted = counters.tolist()
+    seen = any(candidates for _, candidates in counted)
+    return tuple(d / c if c else 0.0 for d, c in counted) if seen else ()
 
 
 def _of_graph(model: fx.GraphModule | ExportedProgram) -> Iterator[SiteReport]:
@@ -155,7 +203,8 @@ def _of_graph(model: fx.GraphModule | ExportedProgram) -> Iterator[SiteReport]:
             calls[key] += 1
             counters = _counters(model, node)
             rate = None if counters is None else _rate(counters)
-            yield SiteReport(name=name, rewritten=True, reason=None, skipped=rate)
+            heads = () if counters is None else _rates(counters)
+            yield SiteReport(name=name, rewritten=True, reason=None, skipped=rate, heads=heads)
 
 
 def _counters(model: fx.GraphModule | ExportedProgram, call: fx.Node) -> Tensor | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +35,11 @@ class Comparison:
 
 @torch.no_grad()
 def tail_logits(model: nn.Module, input_ids: Tensor, last: int) -> Tensor:
-    """Logits that predict the last `last` tokens of one document: float32 [last, vocabulary].
+    """Logits that predict the last `last` tokens of one document: [last, vocabulary].
 
     input_ids [1, L] with L > last. The model is called as a Hugging Face causal language model;
-    `logits_to_keep` spares the output head on the positions that are not scored.
+    `logits_to_keep` spares the output head on the positions that are not scored. The dtype is the
+    model's: see `float32_head`.
     """
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise InputError(f"input_ids: expected one document [1, L], got {list(input_ids.shape)}")
@@ -46,11 +49,37 @@ def tail_logits(model: nn.Module, input_ids: Tensor, last: int) -> Tensor:
             f"{input_ids.shape[1]} tokens (the first token is never predicted), got {last}"
         )
     logits: Tensor = model(input_ids=input_ids, use_cache=False, logits_to_keep=last + 1).logits
-    return logits[0, -(last + 1) : -1].float()
+    return logits[0, -(last + 1) : -1]
+
+
+@contextmanager
+def float32_head(model: Any) -> Iterator[None]:
+    """Inside, a half-precision model's output head gives float32 logits.
+
+    Rounding logits to bfloat16 alone is a KL divergence of about 1e-3, as much as a good rule
+    costs. Enter it before the model is rewritten, so that both models are judged through it.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+
+    def widen(linear: nn.Linear, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        bias = None if linear.bias is None else linear.bias.float()
+        return nn.functional.linear(inputs[0].float(), linear.weight.float(), bias)
+
+    handle = head.register_forward_hook(widen)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def compare(dense: Tensor, sparse: Tensor, targets: Tensor) -> Comparison:
-    """Compare logits [n, vocabulary] of two models that predict the same `targets` [n]."""
+    """Compare logits [n, vocabulary] of two models that predict the same `targets` [n].
+
+    The tensors may live on different devices; the arithmetic is the sparse logits'.
+    """
     if dense.shape != sparse.shape or targets.shape != dense.shape[:1] or len(targets) == 0:
         raise InputError(
             "compare: expected two logits tensors [n, vocabulary] and targets [n], n > 0, got "
@@ -58,7 +87,7 @@ def compare(dense: Tensor, sparse: Tensor, targets: Tensor) -> Comparison:
         )
     nll, delta, kl, same = [], [], [], []
     for rows in torch.arange(len(targets)).split(ROWS):
-        p = torch.log_softmax(dense[rows].float(), dim=-1)
+        p = torch.log_softmax(dense[rows].to(sparse.device).float(), dim=-1)
         q = torch.log_softmax(sparse[rows].float(), dim=-1)
         at = targets[rows, None].to(p.device)
         nll.append(-p.gather(1, at)[:, 0].double())

@@ -9,7 +9,7 @@ sparsely (asking them of a cache that was built sparsely says little).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -89,7 +89,7 @@ def build_needles(
             f"length: {count} facts and questions take {length - room} tokens, got {length}; "
             "ask for fewer facts or a longer prompt"
         )
-    hay = _Haystack(encode, paragraphs, room, prefix)
+    hay = Haystack(encode, paragraphs, room, prefix)
     positions = []
     for n, fact in enumerate(facts):
         hay.grow(room * (2 * n + 1) // (2 * count))  # the middle of the fact's share of the text
@@ -115,11 +115,11 @@ def build_needles(
     return NeedlePrompt(input_ids=torch.tensor([ids]), needles=needles, text_stop=text_stop)
 
 
-class _Haystack:
+class Haystack:
     """A prompt that grows by whole paragraphs until `room` tokens of text stand in it."""
 
     def __init__(
-        self, encode: Encode, paragraphs: Sequence[str], room: int, prefix: Sequence[int]
+        self, encode: Encode, paragraphs: Iterable[str], room: int, prefix: Sequence[int]
     ) -> None:
         self.ids = list(prefix)
         self._encode, self._paragraphs = encode, iter(paragraphs)

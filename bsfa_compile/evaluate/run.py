@@ -1,0 +1,179 @@
+"""The evaluation: calibrate or load thresholds, judge each beside dense at every length, write."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from torch import Tensor
+
+import bsfa_compile as bsfa
+from bsfa_compile.calibrate import Target
+from bsfa_compile.demo.models import LoadedModel, load
+from bsfa_compile.errors import InputError
+from bsfa_compile.evaluate import corpora
+from bsfa_compile.evaluate.corpora import CODE, EVALUATION, PROSE, Piece
+from bsfa_compile.evaluate.judge import Judge, losses, tiles, use
+from bsfa_compile.evaluate.likelihood import float32_head
+from bsfa_compile.evaluate.outcome import Evaluation, Point
+from bsfa_compile.evaluate.targets import solved
+from bsfa_compile.evaluate.tasks import TASKS, TaskPrompt, build_task
+from bsfa_compile.ops.compiler import cache_dir
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to evaluate. documents: of each genre; samples: prompts of each task."""
+
+    model: str | None
+    thresholds: tuple[Path, ...] = ()
+    targets: tuple[Target, ...] = (bsfa.Budget(0.03),)
+    lengths: tuple[int, ...] = (4096,)
+    tasks: tuple[str, ...] = tuple(TASKS)
+    documents: int = 4
+    samples: int = 8
+    scored: int = 512
+    text: tuple[Path, ...] = ()
+    calibration_text: tuple[Path, ...] = ()
+    seed: int = 0
+    device: torch.device = CPU
+    inner: str = "eager"
+
+    def __post_init__(self) -> None:
+        unknown = [task for task in self.tasks if task not in TASKS]
+        if unknown:
+            raise InputError(f"--tasks: no task {unknown[0]!r}; wanted some of {', '.join(TASKS)}")
+        if not self.lengths or not 0 < self.scored < min(self.lengths):
+            raise InputError(
+                f"--scored must be at least 1 and less than every length, got {self.scored} of "
+                f"{', '.join(map(str, self.lengths))}"
+            )
+
+
+def run(settings: Settings, console: Console) -> tuple[Evaluation, LoadedModel]:
+    """Evaluate; the model comes back under the last thresholds at the last length."""
+    loaded = load(settings.model, cache_dir() / "models", settings.device)
+    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max(settings.lengths) > limit:
+        raise InputError(f"--lengths: the model takes {limit} tokens, got {max(settings.lengths)}")
+    with torch.no_grad(), float32_head(loaded.model):
+        evaluation = evaluate(loaded, settings, console)
+    return evaluation, loaded
+
+
+def evaluate(loaded: LoadedModel, settings: Settings, console: Console) -> Evaluation:
+    """Evaluate a loaded model; progress is printed to the console."""
+    calibration, calibrated_on = None, list[Piece]()
+    if settings.targets:
+        # At the longest length: thresholds lose more on longer inputs than they were made on.
+        calibrated_on = pieces(
+            loaded, settings, corpora.CALIBRATION, max(settings.lengths), count=2
+        )
+        console.print(f"calibrating on {len(calibrated_on)} documents")
+        calibration = bsfa.calibrate(
+            loaded.model, [sample(piece.input_ids) for piece in calibrated_on], progress=False
+        )
+    rules = solved(calibration, settings.targets, settings.thresholds)
+    if not rules:
+        raise InputError("nothing to evaluate: pass --targets or --thresholds")
+    points, named = list[Point](), dict[int, tuple[str, ...]]()
+    for length in settings.lengths:
+        documents = pieces(loaded, settings, EVALUATION, length, count=settings.documents)
+        named[length] = tuple(f"{piece.genre}: {piece.name}" for piece in documents)
+        bsfa.revert(loaded.model)
+        console.print(f"{length} tokens: dense, {len(documents)} documents")
+        judge = Judge(loaded, documents, prompts(loaded, settings, length), settings.scored)
+        for name, thresholds in rules.items():
+            console.print(f"{length} tokens: {name}")
+            use(loaded.model, thresholds, settings.inner)
+            judged = judge.documents()
+            dropped, candidates = tiles(loaded.model)
+            points.append(
+                Point(
+                    rule=name,
+                    gate=thresholds.gate,
+                    precision=thresholds.precision,
+                    sink_tiles=thresholds.sink_tiles,
+                    length=length,
+                    dropped=dropped / max(candidates, 1),
+                    dense_seconds=judge.dense_seconds,
+                    seconds=judge.seconds(),
+                    losses=losses(judged),
+                    scores=judge.scores(),
+                )
+            )
+    return Evaluation(
+        model=loaded.title,
+        device=device_name(settings.device),
+        versions=versions(),
+        seed=settings.seed,
+        scored=settings.scored,
+        inner=settings.inner,
+        calibrated_on=tuple(f"{piece.genre}: {piece.name}" for piece in calibrated_on),
+        documents=named,
+        samples=settings.samples,
+        points=tuple(points),
+    )
+
+
+def pieces(
+    loaded: LoadedModel, settings: Settings, role: str, length: int, *, count: int, facts: int = 0
+) -> list[Piece]:
+    """Documents of a role on the device: the user's, else shipped prose and Python's sources."""
+    given = settings.calibration_text if role == corpora.CALIBRATION else settings.text
+    shipped = {genre: corpora.genre_texts(genre, role) for genre in (PROSE, CODE)}
+    found = []
+    for genre, sources in (corpora.user_texts(given) or shipped).items():
+        found += corpora.pieces(
+            genre,
+            sources,
+            encode=loaded.encode,
+            length=length,
+            count=count,
+            prefix=loaded.prefix,
+            facts=facts,
+            seed=settings.seed,
+        )
+    return corpora.to_device(found, settings.device)
+
+
+def prompts(loaded: LoadedModel, settings: Settings, length: int) -> list[TaskPrompt]:
+    """The prompts of every task asked for; the same for the same seed."""
+    texts = corpora.genre_texts(PROSE, EVALUATION)
+    return [
+        build_task(
+            task,
+            length,
+            encode=loaded.encode,
+            paragraphs=[paragraph for text in texts for paragraph in text.paragraphs],
+            seed=settings.seed + n,
+            prefix=loaded.prefix,
+        )
+        for task in settings.tasks
+        for n in range(settings.samples)
+    ]
+
+
+def sample(input_ids: Tensor) -> dict[str, object]:
+    """A calibration input: attention is watched, the output head need not run over all of it."""
+    return {"input_ids": input_ids, "use_cache": False, "logits_to_keep": 1}
+
+
+def versions() -> dict[str, str]:
+    """What figures depend on; Python too, whose sources are documents."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "Python": platform.python_version(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

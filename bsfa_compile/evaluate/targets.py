@@ -1,0 +1,43 @@
+"""What to evaluate, from the command line: targets such as budget=0.03, or thresholds files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bsfa_compile.calibrate import Budget, Calibration, Sparsity, Target, Thresholds, TopK
+from bsfa_compile.errors import InputError
+
+_KINDS: dict[str, Callable[[str], Target]] = {
+    "budget": lambda value: Budget(float(value)),
+    "sparsity": lambda value: Sparsity(float(value)),
+    "topk": lambda value: TopK(int(value)),
+}
+
+
+def parse_targets(text: str) -> list[Target]:
+    """Targets from "budget=0.03,sparsity=0.7,topk=16". Raises InputError for anything else."""
+    found = []
+    for part in filter(None, text.split(",")):
+        kind, _, value = part.strip().partition("=")
+        try:
+            found.append(_KINDS[kind](value))
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                f"--targets: {part!r} is none; wanted budget=EPS, sparsity=FRACTION or topk=K, "
+                "separated by commas"
+            ) from error
+    return found
+
+
+def solved(
+    calibration: Calibration | None, targets: Sequence[Target], files: Sequence[Path]
+) -> dict[str, Thresholds]:
+    """Rule name -> thresholds: of every target, from the calibration, and of every file."""
+    rules = {} if calibration is None else {repr(t): calibration.thresholds(t) for t in targets}
+    for path in files:
+        try:
+            rules[path.stem] = Thresholds.load(path)
+        except OSError as error:
+            raise InputError(f"--thresholds {path}: cannot be read ({error})") from error
+    return rules
