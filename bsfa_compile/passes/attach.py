@@ -9,7 +9,6 @@ marker and takes it out.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -113,12 +112,6 @@ def to_bits(thresholds: Tensor, columns: int, device: torch.device) -> Tensor:
     missing = columns - thresholds.shape[1]
     wide = torch.cat([thresholds, thresholds[:, -1:].expand(-1, missing)], dim=1)
     return wide.to(torch.float32).contiguous().view(torch.int32).to(device, copy=True)
-
-
-def device_of(module: nn.Module, default: torch.device) -> torch.device:
-    """Where the module computes: the device of its first parameter or buffer."""
-    first = next(itertools.chain(module.parameters(), module.buffers()), None)
-    return default if first is None else first.device
 
 
 def markers(gm: fx.GraphModule) -> dict[tuple[fx.Graph, str, int], fx.Node]:

@@ -47,7 +47,7 @@ class Table:
     """Entries of a tensor [rows, columns] that only the run knows: node[row axis, column axis].
 
     `row` None: the same for all rows. `boolean`: whether each entry has become `entry != 0`.
-    `why`: why its entries are not understood.
+    `why`: why its entries are not understood. `negated`: the bool entries are `entry == 0`.
     """
 
     node: fx.Node
@@ -56,6 +56,7 @@ class Table:
     offset: sympy.Expr
     boolean: bool
     why: str = field(compare=False)
+    negated: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,11 @@ def _convert(value: Scalar, kind: str) -> Scalar:
 
 
 def upright(value: Value) -> Value:
-    """A mask to be added with `on` as what is shown, if it can be turned round."""
-    if isinstance(value, Select) and value.off == 0 and value.on != 0:
+    """A mask with `on` as what is shown (True, or 0 to be added), if it can be turned round."""
+    if not isinstance(value, Select):
+        return value
+    added = not isinstance(value.off, bool) and value.off == 0 and value.on != 0
+    if added or (value.on is False and value.off is True):
         atoms = complement(value.atoms)
         return value if atoms is None else Select(atoms, value.off, value.on)
     return value
@@ -202,6 +206,8 @@ def complement(atoms: frozenset[Atom]) -> frozenset[Atom] | None:
         if isinstance(atom, Bound):
             step = 1 if atom.upper else -1
             return frozenset([Bound(not atom.upper, atom.limit + step)])
+        if atom.boolean:
+            return frozenset([replace(atom, negated=not atom.negated)])
     return None
 
 

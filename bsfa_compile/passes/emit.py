@@ -88,9 +88,9 @@ class Emitter:
                 node = self.call(aten.select.int, self.call(aten.select.int, node, 1, 0), 1, 0)
             elif fake.dim() == 1:
                 node = self.call(aten.unsqueeze.default, node, 0)
-            if fake.dtype == torch.bool:
+            if fake.dtype == torch.bool and not table.negated:
                 return self.call(aten.clone.default, node)
-            return self.call(aten.ne.Scalar, node, 0)
+            return self.call((aten.eq if table.negated else aten.ne).Scalar, node, 0)
 
         def fit() -> fx.Node:
             node = copied
@@ -100,7 +100,7 @@ class Emitter:
                 node = self.call(aten.slice.Tensor, node, 1, start, stop)
             return self.call(aten.expand.default, node, [self._size(q, 0), -1]) if repeat else node
 
-        copied = self._once(("padding", read), read.at, copy)
+        copied = self._once(("padding", read, table.negated), read.at, copy)
         whole = table.offset == 0 and same(fake.shape[-1], keys.shape[2])
         repeat = (fake.dim() == 1 or is_one(fake.shape[0])) and not is_one(queries.shape[0])
         if whole and not repeat:

@@ -16,10 +16,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from bsfa_compile.passes import domain
 from bsfa_compile.passes.domain import KEY, Index, Num, Opaque, Table, Value
-from bsfa_compile.passes.nodes import as_expr, is_one, mutated, op_name, tensor, value
+from bsfa_compile.passes.nodes import as_expr, is_one, mutated, plain_name, settled, tensor, value
 
 Rule = Callable[["Interpreter", fx.Node], Value]
 RULES: dict[str, Rule] = {}
+LEARNED = "the attention mask is a bias that the model learned"
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -69,10 +70,11 @@ class Interpreter:
         if tensor(node) is None:
             return Opaque("the graph does not know the shape of the attention mask")
         if node.op in ("placeholder", "get_attr"):
-            return Opaque("the attention mask is an input of the graph")
-        if mutated(node):
+            learned = isinstance(known_value, torch.nn.Parameter)
+            return Opaque(LEARNED if learned else "the attention mask is an input of the graph")
+        if mutated(node) and not settled(node):
             return Opaque("the attention mask is written in place")
-        name = op_name(node)
+        name = plain_name(node)
         if name not in RULES:
             return Opaque(f"the attention mask is built with {name!r}, which is not understood")
         return RULES[name](self, node)

@@ -37,6 +37,7 @@ from bsfa_compile.passes.nodes import (
     is_one,
     positions,
     same,
+    settled,
     tensor,
     writers,
 )
@@ -79,10 +80,14 @@ class Meaning:
 
 @dataclass(frozen=True, kw_only=True)
 class Fill:
-    """scores.masked_fill(condition, value): a mask that is not added but filled in."""
+    """scores.masked_fill(condition, value): a mask that is not added but filled in.
+
+    shows: the scores stay where the condition holds, not where it does not.
+    """
 
     condition: fx.Node
     value: object
+    shows: bool = False
 
 
 def recognise(
@@ -117,15 +122,17 @@ def recognise(
 
 
 def _filled(run: Interpreter, fill: Fill) -> Value:
-    return rules_logic.choose(run.run(fill.condition), run.run(fill.value), Num(0.0))
+    where, filling = run.run(fill.condition), run.run(fill.value)
+    inside, outside = (Num(0.0), filling) if fill.shows else (filling, Num(0.0))
+    return rules_logic.choose(where, inside, outside)
 
 
 def _wrong_shape(mask: fx.Node, q_len: object, k_len: object) -> str | None:
     fake = tensor(mask)
     if fake is None:
         return "the graph does not know the shape of the attention mask"
-    if fake.dim() not in (2, 4) or (fake.dim() == 4 and not is_one(fake.shape[1])):
-        return "the attention mask differs between heads"
+    if fake.dim() not in (2, 3, 4):
+        return f"the attention mask has {fake.dim()} axes"
     rows = same(fake.shape[-2], q_len) or is_one(fake.shape[-2])
     if not same(fake.shape[-1], k_len) or not rows:
         return "the attention mask does not have the shape of the scores"
@@ -207,7 +214,7 @@ def _with_reads(
     data = set().union(*families.values())
     for node in run.values:
         computed = node.op in ("call_function", "call_method") and tensor(node) is not None
-        if computed and node not in data and any(True for _ in writers(node)):
+        if computed and node not in data and not all(settled(w) for w in writers(node)):
             return "the attention mask is written in place"
     reads = {}
     for leaf, family in families.items():

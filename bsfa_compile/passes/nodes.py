@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
+_ASSERT = torch.ops.aten._assert_tensor_metadata.default
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -19,15 +21,15 @@ def _words(text: str) -> frozenset[str]:
 VIEWS = _words(
     "alias bool chunk contiguous detach diagonal double expand expand_as flatten float getitem half"
     " int lift_fresh_copy long movedim narrow permute reshape select slice split squeeze swapaxes t"
-    " to transpose type type_as unbind unflatten unsqueeze view view_as"
+    " mT to transpose type type_as unbind unflatten unsqueeze view view_as"
 )
 # Operations on tensors without side effects: what is left of a replaced attention may be deleted.
 PURE = VIEWS | _words(
-    "_assert_tensor_metadata _to_copy abs add and arange bitwise_and bitwise_not bitwise_or bmm"
-    " clone cumsum diff div dropout eq fill full full_like ge gt index invert le logical_and"
-    " logical_not logical_or lt masked_fill matmul mul ne neg new_full new_ones new_zeros ones"
-    " ones_like or pad repeat repeat_interleave rsub scalar_tensor softmax sub tanh tril triu"
-    " truediv where zeros zeros_like"
+    "_assert_tensor_metadata _to_copy abs add amax and arange baddbmm bitwise_and bitwise_not"
+    " bitwise_or bmm cat clone cumsum diff div dropout einsum eq fill full full_like ge gt index"
+    " invert le logical_and logical_not logical_or lt masked_fill matmul max mul ne neg new_full"
+    " new_ones new_zeros ones ones_like or pad repeat repeat_interleave rsub safe_softmax"
+    " scalar_tensor softmax sub tanh tril triu truediv where zeros zeros_like"
 )
 _INPLACE_OPERATORS = _words(
     "setitem delitem iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv"
@@ -47,6 +49,44 @@ def op_name(node: fx.Node) -> str:
     if name in ("_to_copy", "_assert_tensor_metadata"):
         return name
     return name.strip("_") if not mutated(node) else name
+
+
+def plain_name(node: fx.Node) -> str:
+    """`op_name` without regard to whether the operation works in place: "add" for add_ and iadd."""
+    name = op_name(node)
+    if name in _INPLACE_OPERATORS and name.startswith("i"):
+        return name[1:]
+    return name if name.startswith("_") else name.rstrip("_")
+
+
+def rebind(graph: fx.Graph) -> None:
+    """Let what reads a computed tensor after an in-place operation on it read that one's result.
+
+    They are the same tensor; after this the operation's result says what the tensor holds.
+    """
+    for node in graph.nodes:
+        written = mutated(node)
+        if not written or node.args[:1] != (written[0],) or tensor(node) is None:
+            continue
+        source = written[0]
+        if source.op not in ("call_function", "call_method") or len(source.users) == 1:
+            continue
+        for user in [u for u in source.users if node < u]:
+            user.replace_input_with(source, node)
+
+
+def settled(node: fx.Node) -> bool:
+    """Whether an operation that works in place may be read as if it did not.
+
+    Its target is a fresh tensor that nothing reads afterwards (`rebind` sees to it).
+    """
+    target = node.args[0] if node.args else None
+    if mutated(node) != [target] or not isinstance(target, fx.Node) or tensor(node) is None:
+        return False
+    computed = target.op in ("call_function", "call_method")
+    fresh = op_name(target) not in VIEWS and (not mutated(target) or settled(target))
+    later = [u for u in target.users if u is not node and (not u < node or _may_alias(u))]
+    return computed and fresh and all(user.target is _ASSERT for user in later)
 
 
 def value(node: object) -> object:
@@ -174,7 +214,7 @@ def erase_dead(graph: fx.Graph, roots: Iterable[fx.Node]) -> None:
         for user in list(node.users):
             if op_name(user) == "_assert_tensor_metadata" and not user.users:
                 graph.erase_node(user)
-        if node.users or mutated(node) or op_name(node) not in PURE:
+        if node.users or (mutated(node) and not settled(node)) or plain_name(node) not in PURE:
             continue
         inputs = list(node.all_input_nodes)
         graph.erase_node(node)

@@ -129,6 +129,7 @@ def _replace(
             rule.block_q,
             rule.block_k,
             rule.dense_if_faster,
+            *_sinks(emitter, site, q),
         )
         out = emitter.call(operator.getitem, call, 0)
         if buffers.counters is not None:
@@ -161,6 +162,16 @@ def _inputs(
                 node = emitter.call(aten.to.dtype, node, result.dtype)
         cast.append(node)
     return cast[0], cast[1], cast[2]
+
+
+def _sinks(emitter: Emitter, site: Site, q: fx.Node) -> list[fx.Node]:
+    """The sinks [H] as the operator's last argument, in the dtype of its sums; none if none."""
+    queries = tensor(q) if tensor(q) is not None else tensor(site.q)
+    if site.sinks is None or queries is None:
+        return []
+    wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    with site.node.graph.inserting_before(site.node):
+        return [emitter.call(aten.to.dtype, site.sinks, wide)]
 
 
 def _mask(emitter: Emitter, site: Site) -> Sequence[object]:

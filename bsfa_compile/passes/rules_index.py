@@ -10,7 +10,7 @@ from torch import fx
 from bsfa_compile.passes import domain
 from bsfa_compile.passes.domain import BATCH, KEY, Index, Num, Opaque, Table, Value, moved
 from bsfa_compile.passes.interpret import Interpreter, argument, rule
-from bsfa_compile.passes.nodes import is_one, op_name, same, tensor
+from bsfa_compile.passes.nodes import is_one, plain_name, same, tensor
 
 _GIVEN = "the attention mask depends on the positions given"
 
@@ -36,7 +36,9 @@ def _zeros(run: Interpreter, node: fx.Node) -> Value:
 
 @rule("full", "full_like", "new_full", "scalar_tensor", "fill")
 def _full(run: Interpreter, node: fx.Node) -> Value:
-    place = {"scalar_tensor": 0, "full": 1, "full_like": 1, "fill": 1, "new_full": 2}[op_name(node)]
+    place = {"scalar_tensor": 0, "full": 1, "full_like": 1, "fill": 1, "new_full": 2}[
+        plain_name(node)
+    ]
     filled = run.run(argument(node, place, "fill_value"))
     return filled if isinstance(filled, Num) else Opaque("the attention mask is filled with data")
 
@@ -63,14 +65,24 @@ def _reshape(run: Interpreter, node: fx.Node) -> Value:
     return moved(run.run(node.args[0]), dict(zip(before, after, strict=True)))
 
 
-@rule("transpose")
+@rule("transpose", "permute")
 def _transpose(run: Interpreter, node: fx.Node) -> Value:
-    fake, (a, b) = tensor(node), node.args[1:3]
-    if fake is None or not isinstance(a, int) or not isinstance(b, int):
+    fake, given = tensor(node), node.args[1:]
+    if len(given) == 1 and isinstance(given[0], (list, tuple)):
+        given = tuple(given[0])
+    if fake is None or not all(isinstance(dim, int) for dim in given):
         return Opaque("the attention mask is transposed")
-    a, b = a - fake.dim() * (a >= 0), b - fake.dim() * (b >= 0)
-    to = {i: i for i in range(-fake.dim(), 0)} | {a: b, b: a}
-    return moved(run.run(node.args[0]), to)
+    rank = fake.dim()
+    order = [dim % rank for dim in given if isinstance(dim, int)]
+    if plain_name(node) == "transpose":
+        (a, b), order = order, list(range(rank))
+        order[a], order[b] = b, a
+    return moved(run.run(node.args[0]), {old - rank: i - rank for i, old in enumerate(order)})
+
+
+@rule("embedding")
+def _embedding(run: Interpreter, node: fx.Node) -> Value:
+    return Opaque("the attention mask is a bias learned for relative positions")
 
 
 @rule("repeat")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import sympy
 import torch
@@ -25,7 +26,7 @@ from bsfa_compile.passes.domain import (
     number,
 )
 from bsfa_compile.passes.interpret import Interpreter, argument, rule
-from bsfa_compile.passes.nodes import op_name, tensor
+from bsfa_compile.passes.nodes import plain_name, tensor
 
 
 @rule("add", "sub", "rsub")
@@ -33,9 +34,9 @@ def _add(run: Interpreter, node: fx.Node) -> Value:
     if node.kwargs.get("alpha", 1) != 1:
         return Opaque("the attention mask is scaled while adding")
     a, b = run.run(node.args[0]), run.run(node.args[1])
-    if op_name(node) == "rsub":
+    if plain_name(node) == "rsub":
         a, b = b, a
-    sign = 1 if op_name(node) == "add" else -1
+    sign = 1 if plain_name(node) == "add" else -1
     if isinstance(a, Num) and isinstance(b, Num):
         return Num(a.value + sign * b.value)
     if isinstance(a, Index) and isinstance(b, Num):
@@ -91,6 +92,18 @@ def first_opaque(a: Value, b: Value, otherwise: str) -> Opaque:
     return next((x for x in (a, b) if isinstance(x, Opaque)), Opaque(otherwise))
 
 
+@rule("floordiv", "floor_divide")
+def _floordiv(run: Interpreter, node: fx.Node) -> Value:
+    a = run.run(node.args[0])
+    return first_opaque(a, a, "the attention mask is block-diagonal: chunks of positions")
+
+
+@rule("div", "truediv", "pow", "exp", "log", "cos", "sin")
+def _computed(run: Interpreter, node: fx.Node) -> Value:
+    a = run.run(node.args[0])
+    return first_opaque(a, a, "the attention mask is a bias computed from positions or data")
+
+
 @rule("abs")
 def _abs(run: Interpreter, node: fx.Node) -> Value:
     a = run.run(node.args[0])
@@ -110,9 +123,11 @@ def _neg(run: Interpreter, node: fx.Node) -> Value:
 @rule("eq", "ne")
 def _equal(run: Interpreter, node: fx.Node) -> Value:
     a, b = run.run(node.args[0]), run.run(node.args[1])
-    wanted = op_name(node) == "eq"
+    wanted = plain_name(node) == "eq"
     if isinstance(a, Num):
         a, b = b, a
+    if isinstance(a, Table) and not a.boolean and isinstance(b, Num) and b.value == 0:
+        return domain.upright(Select(frozenset([replace(a, boolean=True)]), not wanted, wanted))
     a = as_select(a)
     if isinstance(b, Num) and known(b.value):
         if isinstance(a, Num) and known(a.value):
@@ -129,13 +144,13 @@ def _compare(run: Interpreter, node: fx.Node) -> Value:
     a, b = run.run(node.args[0]), run.run(node.args[1])
     a, b = as_select(a), as_select(b)
     if isinstance(a, Select) and isinstance(b, Num):
-        on = domain.compare(op_name(node), Num(a.on), b)
-        off = domain.compare(op_name(node), Num(a.off), b)
+        on = domain.compare(plain_name(node), Num(a.on), b)
+        off = domain.compare(plain_name(node), Num(a.off), b)
         if isinstance(on, Num) and isinstance(off, Num):
             return Select(a.atoms, on.value, off.value)
     if isinstance(a, Opaque) or isinstance(b, Opaque):
         return first_opaque(a, b, "")
-    return domain.compare(op_name(node), a, b)
+    return domain.compare(plain_name(node), a, b)
 
 
 @rule("and", "bitwise_and", "logical_and")
@@ -150,7 +165,7 @@ def _or(run: Interpreter, node: fx.Node) -> Value:
 
 def _join(run: Interpreter, node: fx.Node, *, absorbing: bool) -> Value:
     """and, or: the absorbing value is the one that wins (False for and, True for or)."""
-    a, b = (as_select(run.run(x)) for x in node.args[:2])
+    a, b = (domain.upright(as_select(run.run(x))) for x in node.args[:2])
     fake = tensor(node)
     if fake is None or fake.dtype != torch.bool:
         return Opaque("the attention mask joins integers bit by bit")
@@ -221,6 +236,6 @@ def _part(value: Value, atoms: frozenset[domain.Atom], where: str) -> domain.Sca
 def _triangle(run: Interpreter, node: fx.Node) -> Value:
     source, diagonal = run.run(node.args[0]), run.run(argument(node, 1, "diagonal", 0))
     if isinstance(source, Num) and isinstance(diagonal, Num):
-        inside = Bound(op_name(node) == "tril", sympy.sympify(diagonal.value))
+        inside = Bound(plain_name(node) == "tril", sympy.sympify(diagonal.value))
         return Select(frozenset([inside]), source.value, 0)
     return first_opaque(source, diagonal, "the attention mask is a triangle of data")

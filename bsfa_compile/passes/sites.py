@@ -12,10 +12,11 @@ from torch import fx
 
 from bsfa_compile.passes import eligible
 from bsfa_compile.passes.emit import realisable
+from bsfa_compile.passes.fused import HIDDEN, open_fused
 from bsfa_compile.passes.heads import unrepeated
 from bsfa_compile.passes.masks import Fill, Meaning, recognise
-from bsfa_compile.passes.nodes import op_name, tensor
-from bsfa_compile.passes.written import Written, match
+from bsfa_compile.passes.nodes import op_name, rebind, tensor
+from bsfa_compile.passes.written import SOFTMAX, Written, match
 
 SDPA = frozenset(
     (
@@ -32,12 +33,6 @@ _DEFAULTS = {
     "scale": None,
     "enable_gqa": False,
 }
-_HIDDEN = {
-    "multi_head_attention_forward": "nn.MultiheadAttention hides its attention from torch.compile;"
-    " torch.export shows it",
-    "transformer_encoder_layer_fwd": "the fused nn.TransformerEncoderLayer hides its attention;"
-    " torch.export shows it, or torch.backends.mha.set_fastpath_enabled(False)",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +42,8 @@ class Site:
     node: the call. module: the innermost module's key in nn_module_stack ("" if there is none);
     path: its qualified name in the graph's own words. ordinal: its place among the attention
     calls of that module's call. q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]: nodes,
-    before any repetition of heads. meaning: what the mask shows. reason: why it stays dense.
+    before any repetition of heads. meaning: what the mask shows. sinks [H]: one more logit per head
+    in each row's denominator. reason: why it stays dense.
     """
 
     node: fx.Node
@@ -60,6 +56,7 @@ class Site:
     meaning: Meaning | None = None
     scale: float | None = None
     softcap: float | None = None
+    sinks: fx.Node | None = None
     reason: str | None = None
 
 
@@ -96,13 +93,18 @@ def _plain(path: str) -> str:
 
 
 def find(gm: fx.GraphModule) -> list[Site]:
-    """Every attention site of a graph and of its sub-graphs, in the order of execution."""
+    """Every attention site of a graph and of its sub-graphs, in the order of execution.
+
+    The graph stays the same function: fused attention is opened, views may be added to it.
+    """
     found, calls = [], Counter[str]()
     for part in graphs(gm):
-        for node in part.graph.nodes:
+        rebind(part.graph)
+        open_fused(part.graph)
+        for node in list(part.graph.nodes):
             if node.op not in ("call_function", "call_method"):
                 continue
-            written = match(node) if op_name(node) == "softmax" else None
+            written = match(node) if op_name(node) in SOFTMAX else None
             other = None if node.target in SDPA else _other_attention(node)
             if node.target not in SDPA and written is None and other is None:
                 continue
@@ -118,8 +120,8 @@ def find(gm: fx.GraphModule) -> list[Site]:
 
 def _other_attention(node: fx.Node) -> str | None:
     name = op_name(node)
-    if name in _HIDDEN:
-        return _HIDDEN[name]
+    if name in HIDDEN:
+        return HIDDEN[name](node)
     if getattr(node.target, "namespace", "") == "bsfa":
         return None
     return f"{name} is another attention operator" if "attention" in name else None
@@ -144,7 +146,7 @@ def _written_site(bare: Site, written: Written) -> Site:
         return replace(bare, reason=written.reason)
     given = {"query": written.q, "key": written.k, "value": written.v, "scale": written.scale}
     found = _understood(bare, {**_DEFAULTS, **given}, written.masks, causal=False)
-    return replace(found, softcap=written.softcap)
+    return replace(found, softcap=written.softcap, sinks=written.sinks)
 
 
 def _understood(
