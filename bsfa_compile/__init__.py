@@ -1,6 +1,7 @@
 """Calibrated block-sparse attention for any traced PyTorch model."""
 
-from bsfa_compile.calibrate import Budget, Calibration, Sparsity, Thresholds, TopK
+from bsfa_compile.calibrate import Budget, Calibration, Quality, Sparsity, Thresholds, TopK
+from bsfa_compile.canary import Canary, Drift
 from bsfa_compile.errors import (
     BsfaError,
     CalibrationError,
@@ -8,16 +9,24 @@ from bsfa_compile.errors import (
     ThresholdsError,
     UnsupportedError,
 )
+from bsfa_compile.huggingface import register_when_imported
 from bsfa_compile.ops.attention import block_sparse_attention
-from bsfa_compile.optimize import apply, calibrate, optimize, retarget, revert
+from bsfa_compile.optimize import apply, calibrate, optimize, revert
+from bsfa_compile.recheck import Recheck, recheck
 from bsfa_compile.report import Report, report
+from bsfa_compile.retarget import reset_counters, retarget, retargeted
+from bsfa_compile.search import search
 
 __all__ = [
     "BsfaError",
     "Budget",
     "Calibration",
     "CalibrationError",
+    "Canary",
+    "Drift",
     "InputError",
+    "Quality",
+    "Recheck",
     "Report",
     "Sparsity",
     "Thresholds",
@@ -28,7 +37,13 @@ __all__ = [
     "block_sparse_attention",
     "calibrate",
     "optimize",
+    "recheck",
     "report",
+    "reset_counters",
     "retarget",
+    "retargeted",
     "revert",
+    "search",
 ]
+
+register_when_imported()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -27,6 +28,7 @@ from bsfa_compile.state import (
     UNCALIBRATED,
     State,
     forget,
+    kind,
     known_modules,
     split_name,
     state_of,
@@ -84,16 +86,22 @@ class Rewriter:
             found.append((name, reason))
             if reason is None and mark is not None:
                 thresholds, counters = mark.all_input_nodes
-                counted = site.node.graph is gm.graph
-                chosen[site] = Buffers(
-                    thresholds=thresholds, counters=counters if counted else None
-                )
+                inside = site.node.graph is not gm.graph
+                chosen[site] = Buffers(thresholds=thresholds, counters=None if inside else counters)
         state.record(found)
         if marks and not found:
             state.warn_eager("an attention module")
         rewrite(chosen, state.rule)
         erase(gm, list(marks.values()))
-        return self.inner(gm, example_inputs)
+        run, kinds = self.inner(gm, example_inputs), Counter(kind(reason) for _, reason in found)
+        if not kinds:
+            return run
+
+        def counted(*args: Any) -> Any:
+            state.calls.update(kinds)
+            return run(*args)
+
+        return counted
 
 
 def bsfa(

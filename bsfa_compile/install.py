@@ -9,9 +9,11 @@ import torch
 from torch import fx, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 
+from bsfa_compile.calibrate.data import device_of
 from bsfa_compile.errors import InputError
-from bsfa_compile.passes.attach import announcer, attach, device_of, names, to_bits
+from bsfa_compile.passes.attach import announcer, attach, names, to_bits
 from bsfa_compile.passes.sites import Site
+from bsfa_compile.saving import follow
 from bsfa_compile.state import Seen, State, ran_eager, remember, site_name, split_name
 
 UNSEEN = (
@@ -87,3 +89,4 @@ def install(model: nn.Module, state: State) -> None:
         )
         attach(module, buffers, announcer(pairs, ran_eager))
     remember(model, state)
+    follow(model)

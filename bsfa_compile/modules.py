@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import reset_code
 
 from bsfa_compile.backend import Inner, Rewriter
@@ -18,12 +19,21 @@ from bsfa_compile.errors import InputError
 from bsfa_compile.install import install
 from bsfa_compile.passes.attach import reload, unload
 from bsfa_compile.passes.rewrite import Rule
-from bsfa_compile.state import State, forget
+from bsfa_compile.saving import follow, unfollow
+from bsfa_compile.state import (
+    State,
+    attends_by_itself,
+    forget,
+    remember,
+    split_name,
+    state_of,
+)
 from bsfa_compile.watch import Watcher
 
 # Graphs per frame before Dynamo gives up: lengths, modes and caches of a served model add up.
 RECOMPILES = 64
-_COMPILED = "_compiled_call_impl"
+COMPILED = "_compiled_call_impl"
+_MASKS = "create_masks_for_generate"  # transformers asks a model for a function of this name
 _numbers = itertools.count()
 
 
@@ -44,7 +54,7 @@ def _entry(model: nn.Module) -> Callable[..., Any]:
 def _compile(model: nn.Module, backend: Callable[..., Any], **options: Any) -> None:
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = RECOMPILES
-    setattr(model, _COMPILED, torch.compile(_entry(model), backend=backend, **options))
+    setattr(model, COMPILED, torch.compile(_entry(model), backend=backend, **options))
 
 
 def _forget_code(model: nn.Module) -> None:
@@ -62,46 +72,112 @@ def _forget_code(model: nn.Module) -> None:
 
 
 @contextmanager
-def watching(model: nn.Module, observer: Observer, rule: Rule) -> Iterator[Watcher]:
-    """Inside, calls of the model are observed: eval mode, no gradients, eager graphs.
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode without gradients, and as if it was never optimized.
 
-    Afterwards the model is as it was before, also if something was raised.
+    Whatever is put on it or compiled inside is gone afterwards, and it is as it was before, also
+    if something was raised.
     """
     modes = {module: module.training for module in model.modules()}
-    compiled = vars(model).get(_COMPILED)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    compiled = vars(model).pop(COMPILED, None)
     taken = unload(model)
-    watcher = Watcher(model, observer, rule)
     limits = {"recompile_limit": RECOMPILES, "accumulated_recompile_limit": 1024}
     try:
         model.eval()
-        _compile(model, watcher)
+        # It would hide attention; where our hooks sit later, torch leaves it by itself.
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), torch._dynamo.config.patch(limits):
-            yield watcher
+            yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():
             module.training = mode
         unload(model)
-        vars(model).pop(_COMPILED, None)
+        vars(model).pop(COMPILED, None)
         if compiled is not None:
-            setattr(model, _COMPILED, compiled)
+            setattr(model, COMPILED, compiled)
         reload(taken)
         _forget_code(model)
 
 
+@contextmanager
+def watching(model: nn.Module, observer: Observer, rule: Rule) -> Iterator[Watcher]:
+    """Inside, calls of the model are observed: `borrowed`, in eager graphs."""
+    watcher = Watcher(model, observer, rule)
+    with borrowed(model):
+        _compile(model, watcher)
+        yield watcher
+
+
+@contextmanager
+def trying(model: nn.Module, state: State) -> Iterator[None]:
+    """Inside a `borrowed` model, its calls follow a state, in eager graphs."""
+    before = state_of(model)
+    try:
+        install(model, state)
+        _compile(model, Rewriter(state, Inner("eager")))
+        yield
+    finally:
+        vars(model).pop(COMPILED, None)
+        unload(model)
+        unfollow(model)
+        forget(model)
+        if before is not None:
+            remember(model, before)
+            follow(model)
+
+
 def compile_in_place(model: nn.Module, state: State, inner: Inner, **options: Any) -> None:
     """Install a state's buffers and hooks and compile the model's call with the rewriter."""
-    if _COMPILED in vars(model):
-        state.previous = vars(model)[_COMPILED]
+    if COMPILED in vars(model):
+        state.previous = vars(model)[COMPILED]
     install(model, state)
+    leave_masks_to_model(model)
     _compile(model, Rewriter(state, inner), **options)
+
+
+def leave_masks_to_model(model: nn.Module) -> None:
+    """Let a Hugging Face model make its own masks also when it generates with a static cache.
+
+    `generate` would make them outside the compiled graph, where their meaning is lost. In decoding
+    it still does.
+    """
+    home = sys.modules.get("transformers.masking_utils")
+    if home is None or not hasattr(model, "prepare_inputs_for_generation") or _MASKS in vars(model):
+        return
+    usual = getattr(type(model), _MASKS, None) or getattr(home, _MASKS)
+
+    def make(*, inputs_embeds: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
+        if inputs_embeds.shape[1] > 1:
+            return attention_mask
+        return usual(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options)
+
+    vars(model)[_MASKS] = make
+
+
+def install_eagerly(model: nn.Module, state: State) -> None:
+    """Install a state's buffers alone, for modules that attend by themselves.
+
+    Raises InputError if a module of the thresholds does not.
+    """
+    for name in state.thresholds.values:
+        if not attends_by_itself(model.get_submodule(split_name(name)[0])):
+            raise InputError(
+                f"compile=False, but the attention of {name} is not transformers' own with "
+                'attn_implementation="bsfa": load the model with it, or leave out compile=False'
+            )
+    install(model, state)
 
 
 def undo(model: nn.Module, state: State | None) -> None:
     """Remove buffers, hooks and compiled code; bring back how the model was compiled before."""
     unload(model)
-    vars(model).pop(_COMPILED, None)
+    unfollow(model)
+    vars(model).pop(COMPILED, None)
     if state is not None and state.previous is not None:
-        setattr(model, _COMPILED, state.previous)
+        setattr(model, COMPILED, state.previous)
+    vars(model).pop(_MASKS, None)
     _forget_code(model)
     forget(model)
 

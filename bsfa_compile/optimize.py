@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 import torch
 from rich.progress import Progress
+from torch import distributed as dist
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -17,12 +19,13 @@ from bsfa_compile.calibrate.calibration import Calibration
 from bsfa_compile.calibrate.data import Call, Samples, device_of, move, samples
 from bsfa_compile.calibrate.fingerprint import fingerprint
 from bsfa_compile.calibrate.observer import Observer
+from bsfa_compile.calibrate.quality import Quality
 from bsfa_compile.calibrate.solve import Budget, Target, TopK
 from bsfa_compile.calibrate.thresholds import Thresholds, check
-from bsfa_compile.errors import CalibrationError, ThresholdsError
+from bsfa_compile.errors import CalibrationError
 from bsfa_compile.ops.tiles import BLOCK_K, BLOCK_Q
-from bsfa_compile.passes.attach import to_bits
 from bsfa_compile.passes.rewrite import Rule
+from bsfa_compile.search import search
 from bsfa_compile.state import State, refuse, state_of
 
 Model = TypeVar("Model", nn.Module, fx.GraphModule, ExportedProgram)
@@ -33,12 +36,14 @@ _TRACED = (fx.GraphModule, ExportedProgram)
 def optimize(
     model: Model,
     calib_data: object,
-    target: Target = _DEFAULT,
+    target: Target | Quality = _DEFAULT,
     *,
+    held_out: object = None,
     gate: str = "relative",
     strict: bool = False,
     precision: str = "auto",
     sink_tiles: int = 1,
+    max_length: int | None = None,
     dense_if_faster: bool = True,
     progress: bool = True,
     fullgraph: bool = False,
@@ -46,18 +51,23 @@ def optimize(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     inner: str = "inductor",
+    compile: bool = True,
 ) -> Model:
     """Make a model's attention block-sparse: calibrate on data, rewrite, compile. Nothing is lost.
 
     model: nn.Module, compiled in place (graphs are built when it first runs); torch.fx.GraphModule,
     rewritten in place; or torch.export.ExportedProgram, of which a new one is returned.
     calib_data: one model input (tensor, tuple, dict) or an iterable of them (list, DataLoader), as
-    long as those to come. target: what may be lost, `Budget(eps)` of softmax mass per row, or what
-    to drop. gate: "relative" or "absolute" (the paper's). strict: raise instead of leaving a site
-    dense. precision: of the gate's scores, "auto", "exact" or "int8". sink_tiles: leading tiles
-    always kept. dense_if_faster: run dense wherever that is faster; False forces the rule.
-    fullgraph, dynamic, mode, options: of torch.compile and inductor. inner: another backend of
-    torch to run the rewritten graphs, for debugging ("eager", "aot_eager").
+    long as those to come. target: what may be lost, `Budget(eps)` of softmax mass per row or
+    `Quality(...)` of the whole model, or what to drop. held_out: inputs that a Quality is proven
+    on; every fourth of calib_data is held back if not given. gate: "relative" or "absolute" (the
+    paper's). strict: raise instead of leaving a site dense. precision: of the gate's scores,
+    "auto", "exact" or "int8". sink_tiles: leading tiles always kept. max_length: tokens of the
+    longest input to come, if longer than calib_data: thresholds then follow a fit over positions.
+    dense_if_faster: run dense wherever that is faster; False forces the rule. fullgraph, dynamic,
+    mode, options: of torch.compile and inductor. inner: another backend of torch to run the
+    rewritten graphs, for debugging ("eager", "aot_eager"). compile: False for a Hugging Face model
+    that was loaded with attn_implementation="bsfa" and shall stay uncompiled.
 
     Returns the same kind of object. Raises CalibrationError without usable data, InputError for a
     wrong argument and UnsupportedError, listing every reason, if strict and a site stays dense.
@@ -66,12 +76,30 @@ def optimize(
     rule = Rule(sink_tiles=sink_tiles)
     compiled = Inner(inner, mode, options, dynamic)
     data = samples(calib_data)
+    if isinstance(target, Quality):
+        data, held = data.split() if held_out is None else (data, samples(held_out))
     calibration, example = _calibrated(model, data, rule, max_k=max_k, progress=progress)
     if strict:
         refuse(calibration.dense)
     if calibration.sites:
-        solved = calibration.thresholds(target, gate, precision=precision)
-        if all(bool((value == -torch.inf).all()) for value in solved.values.values()):
+        if isinstance(target, Quality):
+            solved = search(
+                model,
+                calibration,
+                target,
+                held,
+                probe=example,
+                gate=gate,
+                precision=precision,
+                max_length=max_length,
+                progress=progress,
+            )
+        else:
+            solved = calibration.thresholds(
+                target, gate, precision=precision, max_length=max_length
+            )
+        told = solved.proof is not None and not solved.proof.holds
+        if not told and all(bool((value == -torch.inf).all()) for value in solved.values.values()):
             warnings.warn(
                 f"{target}: no tile can be dropped; calibrate on inputs as long as those to come "
                 f"(seen: up to {max(calibration.lengths, default=0)} tokens)",
@@ -89,7 +117,9 @@ def optimize(
         calibration=calibration,
         strict=strict,
     )
-    made = _applied(model, state, compiled, example, fullgraph=fullgraph, dynamic=dynamic)
+    made = _applied(
+        model, state, compiled if compile else None, example, fullgraph=fullgraph, dynamic=dynamic
+    )
     return cast(Model, made)
 
 
@@ -103,16 +133,20 @@ def calibrate(
     max_k: int = 128,
     strict: bool = False,
     progress: bool = True,
+    group: dist.ProcessGroup | None = None,
 ) -> Calibration:
     """Run a model on data and collect what thresholds for any target are solved from.
 
     The model runs in eval mode without gradients and is unchanged afterwards. calib_data: see
-    `optimize`. max_k: the largest k of a later TopK. Raises CalibrationError for empty data,
-    UnsupportedError if strict and a site is not supported.
+    `optimize`. max_k: the largest k of a later TopK. group: a torch.distributed group (such as
+    dist.group.WORLD) whose ranks each calibrate on their own share of the data; all get the whole.
+    Raises CalibrationError for empty data, UnsupportedError if strict and a site is not supported.
     """
     rule = Rule(sink_tiles=sink_tiles, block_q=block_q, block_k=block_k)
     data = samples(calib_data)
     calibration, _ = _calibrated(model, data, rule, max_k=max_k, progress=progress)
+    if group is not None:
+        calibration = calibration.gathered(group)
     if strict:
         refuse(calibration.dense)
     return calibration
@@ -120,7 +154,7 @@ def calibrate(
 
 def apply(
     model: Model,
-    thresholds: Thresholds,
+    thresholds: Thresholds | str | os.PathLike[str],
     *,
     strict: bool = False,
     dense_if_faster: bool = True,
@@ -130,12 +164,17 @@ def apply(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     inner: str = "inductor",
+    compile: bool = True,
 ) -> Model:
     """Make a model block-sparse by thresholds that exist already; arguments as of `optimize`.
 
+    thresholds: made by a calibration, or where they were saved: a file, or the folder of a
+    checkpoint that the optimized model wrote with save_pretrained.
     example: one model input, needed for a GraphModule whose nodes carry no shapes. Returns the
     same kind of object. Raises ThresholdsError if the thresholds are of another model.
     """
+    if not isinstance(thresholds, Thresholds):
+        thresholds = Thresholds.load(thresholds)
     check(thresholds, model)
     sample = None if example is None else next(iter(samples(example)))
     state = State(
@@ -144,7 +183,9 @@ def apply(
         strict=strict,
     )
     compiled = Inner(inner, mode, options, dynamic)
-    made = _applied(model, state, compiled, sample, fullgraph=fullgraph, dynamic=dynamic)
+    made = _applied(
+        model, state, compiled if compile else None, sample, fullgraph=fullgraph, dynamic=dynamic
+    )
     return cast(Model, made)
 
 
@@ -160,58 +201,6 @@ def revert(model: Model) -> Model:
         return cast(Model, traced.undo(given, state))
     modules.undo(modules.plain(given), state)
     return model
-
-
-def retarget(model: Model, target: Target | Thresholds) -> Model:
-    """Write the thresholds for another target into an optimized model; nothing is recompiled.
-
-    Counters start again at zero. Raises ThresholdsError if the model was not optimized, if a
-    target is given but the model has no calibration (it was made by `apply`), or if the gate,
-    precision or tile shape of the thresholds differ from the compiled one's.
-    """
-    state = state_of(model)
-    if state is None:
-        raise ThresholdsError("the model was not optimized: call optimize or apply first")
-    if isinstance(target, Thresholds):
-        check(target, model)
-        solved = target
-    elif state.calibration is not None:
-        rule = state.rule
-        solved = state.calibration.thresholds(target, rule.gate, precision=rule.precision)
-    else:
-        raise ThresholdsError(
-            "the model was made from thresholds, without a calibration: retarget it with "
-            "Thresholds, from Calibration.thresholds(target)"
-        )
-    _check_fits(solved, state)
-    for name, values in solved.values.items():
-        held = state.buffers(name)
-        if held is None:
-            continue
-        thresholds, counters = held
-        with torch.no_grad():
-            thresholds.copy_(to_bits(values, thresholds.shape[1], thresholds.device))
-            counters.zero_()
-    state.thresholds = solved
-    return model
-
-
-def _check_fits(solved: Thresholds, state: State) -> None:
-    new, old = Rule.of(solved, dense_if_faster=state.rule.dense_if_faster), state.rule
-    if new != old:
-        raise ThresholdsError(
-            f"these thresholds are for {new}, the compiled graphs have {old}: use apply, which "
-            "compiles again"
-        )
-    if solved.values.keys() != state.thresholds.values.keys():
-        raise ThresholdsError("these thresholds are for other sites than the model's: use apply")
-    for name, values in solved.values.items():
-        held = state.buffers(name)
-        if held is not None and held[0].shape[1] < values.shape[1]:
-            raise ThresholdsError(
-                f"{name}: {values.shape[1]} columns of thresholds do not fit the {held[0].shape[1]}"
-                " of the compiled graphs: use apply, which compiles again"
-            )
 
 
 def _calibrated(
@@ -237,6 +226,13 @@ def _calibrated(
             dense = {n: why for n, why in watcher.dense.items() if n not in watcher.sparse}
         found = observer.statistics
         uncalled = tuple(name for name, n in observer.calls.items() if not n and name not in dense)
+    refused = {name: site.refused for name, site in found.items() if site.refused}
+    if refused:
+        warnings.warn(
+            f"{max(refused.values())} samples had queries or keys that are not finite, at "
+            f"{len(refused)} sites from {next(iter(refused))} on: they were left out",
+            stacklevel=3,
+        )
     calibration = Calibration(
         sites=found,
         samples=count,
@@ -269,11 +265,16 @@ def _length(data: Samples) -> int | None:
         return None
 
 
-def _applied(model: Any, state: State, inner: Inner, example: Call | None, **options: Any) -> Any:
+def _applied(
+    model: Any, state: State, inner: Inner | None, example: Call | None, **options: Any
+) -> Any:
     """The model with the state; what an earlier `optimize` did is undone first."""
     if state_of(model) is not None:
         model = revert(model)
     if isinstance(model, _TRACED):
         return traced.apply(model, state, example)
-    modules.compile_in_place(modules.plain(model), state, inner, **options)
+    if inner is None:
+        modules.install_eagerly(modules.plain(model), state)
+    else:
+        modules.compile_in_place(modules.plain(model), state, inner, **options)
     return model

@@ -41,6 +41,11 @@ class Seen:
     dense: Counter[str] = field(default_factory=Counter)
 
 
+def kind(reason: str | None) -> str:
+    """What a call with this reason to be dense counts as in `State.calls`."""
+    return "sparse" if reason is None else "decode" if reason == DECODE else "dense"
+
+
 @dataclass(kw_only=True, eq=False)
 class State:
     """An optimized model, without a reference that would keep it alive.
@@ -48,6 +53,8 @@ class State:
     sites: by name, in the model's order, as calibration and the compiled graphs saw them.
     homes: site -> (what holds its buffers, the names of thresholds and counters in it).
     names: qualified names of the model's modules, by id.
+    calls: attention calls that ran "sparse", "decode" (dense by design), "dense" for another
+    reason, and "eager": dense because their module ran outside the compiled graphs.
     """
 
     thresholds: Thresholds
@@ -59,6 +66,7 @@ class State:
     names: dict[int, str] = field(default_factory=dict)
     previous: object = None  # how the model was compiled before
     warned: bool = False
+    calls: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.given = self.thresholds  # `thresholds` changes when the model is retargeted
@@ -85,6 +93,15 @@ class State:
                 seen.dense[reason] += 1
         if self.strict:
             refuse({name: reason for name, reason in found if reason is not None})
+
+    def ran(self, name: str, reason: str | None) -> None:
+        """Note a call of a site that no graph holds: why it was dense, None if it was not."""
+        seen = self.sites.setdefault(name, Seen())
+        self.calls[kind(reason)] += 1
+        if reason is None:
+            seen.sparse += 1
+        else:
+            seen.dense[reason] += 1
 
     def warn_eager(self, what: str) -> None:
         """Say once that attention runs dense because its module runs outside a compiled graph."""
@@ -148,8 +165,15 @@ def known_modules() -> dict[int, nn.Module]:
     return {id(m): m for m in _STATES if isinstance(m, nn.Module)}
 
 
+def attends_by_itself(module: nn.Module) -> bool:
+    """Whether transformers calls our attention function for it: attn_implementation="bsfa"."""
+    config = getattr(module, "config", None)
+    return getattr(config, "_attn_implementation", None) == "bsfa"
+
+
 def ran_eager(module: nn.Module) -> None:
     """Called when a module that should be inside a compiled graph runs by itself."""
     state = _STATES.get(module)
-    if state is not None:
+    if state is not None and not attends_by_itself(module):
+        state.calls["eager"] += 1
         state.warn_eager(state.names.get(id(module), type(module).__name__))

@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
+from bsfa_compile.calibrate.data import device_of
 from bsfa_compile.calibrate.observer import Observer
 from bsfa_compile.errors import BsfaError
-from bsfa_compile.passes.attach import device_of, names, to_bits
+from bsfa_compile.passes.attach import names, to_bits
 from bsfa_compile.passes.rewrite import Buffers, Rule, instrument, rewrite
 from bsfa_compile.passes.shapes import annotate
 from bsfa_compile.passes.sites import Site, find
@@ -51,21 +52,29 @@ def _copied(gm: fx.GraphModule, source: fx.Graph) -> fx.GraphModule:
     return fx.GraphModule(gm, graph)
 
 
+def untouched(model: Traced) -> Traced:
+    """The program as it was before it was optimized: a graph module in a copy of its own."""
+    state = state_of(model)
+    if isinstance(model, ExportedProgram):
+        program = model if state is None else state.previous
+        assert isinstance(program, ExportedProgram), "set when it was optimized"
+        return program
+    graph = model.graph if state is None else state.previous
+    assert isinstance(graph, fx.Graph), "set when it was optimized"
+    return _copied(model, graph)
+
+
 @contextmanager
 def watching(
     model: Traced, observer: Observer, rule: Rule, sample: tuple[tuple[Any, ...], dict[str, Any]]
 ) -> Iterator[tuple[nn.Module, dict[str, str]]]:
     """A copy of the program whose attention is observed, and the sites left out, with reasons."""
-    state = state_of(model)
-    if isinstance(model, ExportedProgram):
-        program = model if state is None else state.previous
-        assert isinstance(program, ExportedProgram), "set when it was optimized"
-        gm = program.module()
+    original = untouched(model)
+    if isinstance(original, ExportedProgram):
+        gm = original.module()
         assert isinstance(gm, fx.GraphModule), "the module of an exported program"
     else:
-        graph = model.graph if state is None else state.previous
-        assert isinstance(graph, fx.Graph), "set when it was optimized"
-        gm = _copied(model, graph)
+        gm = original
         annotate(gm, sample)
     sites = find(gm)
     good = [s for s in sites if s.reason is None and s.node.graph is gm.graph]

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bsfa_compile.calibrate.data import device_of
 from bsfa_compile.calibrate.observer import Observer
 from bsfa_compile.install import UNSEEN, Retrace, mark_of, module_id, name_of
-from bsfa_compile.passes.attach import announcer, attach, device_of, erase, markers, names
+from bsfa_compile.passes.attach import announcer, attach, erase, markers, names
 from bsfa_compile.passes.rewrite import Rule, instrument
 from bsfa_compile.passes.sites import Site, find
 from bsfa_compile.state import site_name

@@ -1,0 +1,132 @@
+"""generate() with every cache and way of decoding: sparse prefill, dense decode, same tokens."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bsfa_compile as bsfa
+from bsfa_compile.calibrate import Thresholds
+from tests import toy, zoo
+
+PROMPT, NEW, WINDOW = 70, 5, 40
+WAYS: dict[str, dict[str, Any]] = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "beams": {"num_beams": 3},
+    "chunked": {"prefill_chunk_size": 32},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def build(name: str, **more: Any) -> Any:
+    """A model of the zoo in float64; Mistral with a window much shorter than the prompt."""
+    model = zoo.build(name, **more).double()
+    if name == "mistral":
+        model.config.sliding_window = WINDOW
+        for layer in model.model.layers:
+            layer.self_attn.sliding_window = WINDOW
+    return model
+
+
+def prompt(name: str, *, padded: bool, batch: int = 2) -> dict[str, Tensor]:
+    given = zoo.inputs(name, PROMPT, batch)
+    cuts = (0, 21)[:batch] if padded else (0,) * batch
+    both = zoo.left_padded(given, cuts)
+    return {key: both[key] for key in ("input_ids", "attention_mask")}
+
+
+def tokens(model: Any, given: dict[str, Tensor], way: dict[str, Any], **more: Any) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*")
+        found: Tensor = model.generate(
+            **given, **way, **more, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+        )
+    return found
+
+
+def thresholds(name: str, value: float) -> Thresholds:
+    values = {site: torch.full((4, 1), value) for site in zoo.ZOO[name].sites}
+    return Thresholds(values=values, **toy.BLOCKS)
+
+
+def optimized(name: str, path: str, value: float) -> Any:
+    model = build(name)
+    if path == "door":
+        model.set_attn_implementation("bsfa")
+        bsfa.apply(model, thresholds(name, value), compile=False, dense_if_faster=False)
+    else:
+        bsfa.apply(model, thresholds(name, value), **toy.EAGER)
+    return model
+
+
+CASES = [
+    *[("llama", path, way) for path in ("door", "graph") for way in WAYS],
+    *[("mistral", "door", way) for way in WAYS],
+    *[("mistral", "graph", way) for way in ("dynamic", "static", "chunked")],
+]
+
+
+@pytest.mark.parametrize(("name", "path", "way"), CASES)
+def test_the_tokens_are_those_of_the_untouched_model(name: str, path: str, way: str) -> None:
+    single = way == "prompt lookup"
+    given = prompt(name, padded=not single, batch=1 if single else 2)
+    wanted = tokens(build(name), given, WAYS[way])
+    model = optimized(name, path, -torch.inf)
+    assert torch.equal(tokens(model, given, WAYS[way]), wanted)
+    calls = bsfa.report(model).calls
+    assert calls["sparse"] >= 2 and calls.get("eager", 0) == 0
+    bsfa.retarget(model, thresholds(name, -0.02))
+    tokens(model, given, WAYS[way])
+    rates = toy.skipped(model)
+    assert len(rates) == 2 and all(rate is not None and rate > 0 for rate in rates.values())
+    more = bsfa.report(model).calls
+    assert more["sparse"] == 2 * calls["sparse"]
+    assert more.get("dense", 0) == 0
+
+
+@pytest.mark.parametrize("path", ["door", "graph"])
+def test_assisted_decoding(path: str) -> None:
+    given = prompt("llama", padded=False, batch=1)
+    usual, assistant = build("llama"), build("llama", layers=1)
+    wanted = tokens(usual, given, {}, assistant_model=assistant)
+    model = optimized("llama", path, -torch.inf)
+    assert torch.equal(tokens(model, given, {}, assistant_model=assistant), wanted)
+    assert bsfa.report(model).calls["sparse"] >= 2
+
+
+@pytest.mark.parametrize("path", ["door", "graph"])
+def test_prefill_is_sparse_and_decode_is_dense(path: str) -> None:
+    given = prompt("llama", padded=True)
+    model = optimized("llama", path, -0.02)
+    tokens(model, given, {})
+    report = bsfa.report(model)
+    assert report.calls["sparse"] == 2  # one prefill of two layers
+    if path == "graph":
+        assert report.calls["decode"] == 2 * (NEW - 1)
+    assert report.coverage == 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloaded caches need a CUDA card")
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+@pytest.mark.parametrize("path", ["door", "graph"])
+def test_offloaded_caches(path: str, cache: str) -> None:
+    way = {"cache_implementation": cache}
+    given = {key: value.cuda() for key, value in prompt("llama", padded=True).items()}
+    wanted = tokens(build("llama").cuda(), given, way)
+    model = optimized("llama", path, -torch.inf).cuda()
+    assert torch.equal(tokens(model, given, way), wanted)
+    assert bsfa.report(model).calls["sparse"] >= 2
