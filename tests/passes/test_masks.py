@@ -280,7 +280,7 @@ REFUSED = [
     (packed, (_segments(),), "packed"),
     (prefix_lm, (), "'or'"),
     (prefix_lm_data, (_padding(),), "'or'"),
-    (dilated, (), "equality"),
+    (dilated, (), "not understood"),
     (strictly_causal, (), "before the first key"),
     (future_only, (), "old keys"),
     (padded_queries, (_padding(),), "input of the graph"),

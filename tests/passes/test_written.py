@@ -138,11 +138,6 @@ def weights_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (F.softmax(scores, dim=-1) * 0.5) @ v
 
 
-def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = torch.einsum("bhqd,bhkd->bhqk", q[:, :2], k) + bias(q, k)
-    return torch.einsum("bhqk,bhkd->bhqd", F.softmax(scores, dim=-1), v)
-
-
 def overwritten(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k = k.clone()
     scores = q[:, :2] @ k.transpose(2, 3) + bias(q, k)
@@ -154,11 +149,10 @@ def overwritten(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ("attend", "reason"),
     [
         (weights_returned, "used elsewhere"),
-        (sink_column, "'getitem'"),
+        (sink_column, "no number per head"),
         (position_bias, "'clamp'"),
         (mask_scaled, "scales its mask"),
         (weights_scaled, "'mul'"),
-        (einsum, "'einsum'"),
         (overwritten, "overwritten"),
     ],
 )
