@@ -69,7 +69,7 @@ def test_equals_the_definition(
         mids: dict[tuple[int, int, int], list[float]] = {}
         by_block: dict[tuple[int, int, int], list[float]] = {}
         for h, block, b, values, tile_mass in want.tiles:
-            place = int((values[gate] >= EDGES).sum())
+            place = int((values[gate] >= EDGES.double()).sum())
             counts[h, place] += 1
             mass[h, place] += tile_mass
             by_block.setdefault((h, block, b), []).append(values[gate])
