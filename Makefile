@@ -1,7 +1,8 @@
 # Two commands, each doing all of its own set-up in .venv:
 #   make demo    calibrate a real trained model, rewrite it, and judge it against dense
 #   make test    the whole CPU test suite
-# and `make kernels`: every CUDA kernel variant compiles for every card, without a card (long).
+# and `make kernels`: every CUDA kernel variant compiles for every card, without a card (long);
+# `make zoo`: 76 architectures of transformers, of which `make test` has 14 (long).
 # Needs CPython >= 3.10 with venv, and a C++ compiler (torch.compile builds CPU code with it).
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ DEMO ?=
 # Test processes, each on one core.
 JOBS ?= 2
 
-.PHONY: demo test kernels lint clean
+.PHONY: demo test kernels zoo lint clean
 
 demo: .venv/installed .venv/model
 	.venv/bin/python -m bsfa_compile demo $(DEMO)
@@ -22,6 +23,10 @@ test: .venv/installed
 
 kernels: .venv/installed
 	.venv/bin/python -m pytest -n $(JOBS) -m variants tests/kernels
+
+# Writes docs/coverage.md if all is as tests/zoo_*.py say.
+zoo: .venv/installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.zoo_table
 
 lint: .venv/installed
 	.venv/bin/ruff check .

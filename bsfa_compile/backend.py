@@ -22,10 +22,10 @@ from bsfa_compile.calibrate.thresholds import Thresholds, check
 from bsfa_compile.errors import InputError
 from bsfa_compile.install import UNSEEN, Retrace, install, mark_of, module_id, name_of
 from bsfa_compile.passes.attach import attached, erase, markers
+from bsfa_compile.passes.fused import FAST_PATH
 from bsfa_compile.passes.rewrite import Buffers, Rule, rewrite
 from bsfa_compile.passes.sites import Site, find
 from bsfa_compile.state import (
-    UNCALIBRATED,
     State,
     forget,
     kind,
@@ -80,7 +80,7 @@ class Rewriter:
             name = name_of(site, state.names, mark is not None)
             reason = site.reason
             if reason is None and name not in state.thresholds.values:
-                reason = UNSEEN if site.module == "" else UNCALIBRATED
+                reason = UNSEEN if site.module == "" else state.uncalibrated(name)
             elif reason is None and mark is None:
                 reason = UNSEEN
             found.append((name, reason))
@@ -134,7 +134,9 @@ def bsfa(
     inner = Inner(given.pop("inner", "inductor"), given.pop("mode", mode), given or None)
     state = fresh
     for site in find(gm):
-        module = None if site.reason else _module(module_id(site))
+        module = _module(module_id(site)) if site.reason in (None, FAST_PATH) else None
+        if site.reason == FAST_PATH and module is not None and any(map(attached, module.modules())):
+            module = None
         known = state_of(module) if module is not None and attached(module) else None
         if known is not None and known.given.equal(thresholds):
             state = known
@@ -166,11 +168,11 @@ def _modules_in_memory() -> Iterator[nn.Module]:
 
 
 def _root(module: nn.Module, thresholds: Thresholds) -> nn.Module | None:
-    """The smallest module in memory that has all the sites of the thresholds, `module` one."""
+    """The smallest module in memory that has all sites of the thresholds, some in `module`."""
     paths = {split_name(name)[0] for name in thresholds.values}
-    candidates = []
+    candidates, within = [], set(module.modules())
     for root in _modules_in_memory():
         inside = {name: m for name, m in root.named_modules() if name in paths}
-        if len(inside) == len(paths) and any(m is module for m in inside.values()):
+        if len(inside) == len(paths) and not within.isdisjoint(inside.values()):
             candidates.append((sum(1 for _ in root.modules()), id(root), root))
     return min(candidates)[2] if candidates else None

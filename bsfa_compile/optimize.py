@@ -224,8 +224,14 @@ def _calibrated(
             with modules.watching(modules.plain(model), observer, rule) as watcher:
                 count = _run(model, first, calls, _length(data), progress)
             dense = {n: why for n, why in watcher.dense.items() if n not in watcher.sparse}
-        found = observer.statistics
+        found, wrong = observer.statistics, observer.mismatches
         uncalled = tuple(name for name, n in observer.calls.items() if not n and name not in dense)
+    for name, why in wrong.items():
+        found.pop(name, None)
+        dense[name] = f"verified at calibration: {why}"
+        warnings.warn(
+            f"{name} stays dense: {why}. Please report it: attention was misread", stacklevel=3
+        )
     refused = {name: site.refused for name, site in found.items() if site.refused}
     if refused:
         warnings.warn(

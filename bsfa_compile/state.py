@@ -103,6 +103,11 @@ class State:
         else:
             seen.dense[reason] += 1
 
+    def uncalibrated(self, name: str) -> str:
+        """Why a site has no thresholds."""
+        known = {} if self.calibration is None else self.calibration.dense
+        return known.get(name, UNCALIBRATED)
+
     def warn_eager(self, what: str) -> None:
         """Say once that attention runs dense because its module runs outside a compiled graph."""
         if not self.warned:

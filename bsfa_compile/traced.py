@@ -26,7 +26,6 @@ from bsfa_compile.passes.rewrite import Buffers, Rule, instrument, rewrite
 from bsfa_compile.passes.shapes import annotate
 from bsfa_compile.passes.sites import Site, find
 from bsfa_compile.state import (
-    UNCALIBRATED,
     Seen,
     State,
     forget,
@@ -144,7 +143,7 @@ def _rewrite(gm: fx.GraphModule, state: State, device: torch.device, place: Any)
     for site in find(gm):
         name = name_of(site)
         values = state.thresholds.values.get(name)
-        reason = site.reason or (UNCALIBRATED if values is None else None)
+        reason = site.reason or (state.uncalibrated(name) if values is None else None)
         if reason is None and site.node.graph is not gm.graph:
             reason = _NESTED
         found.append((name, reason))

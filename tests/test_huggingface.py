@@ -209,7 +209,7 @@ def test_masks_of_other_meaning_stay_dense_and_say_so() -> None:
 
 def test_sinks_and_softcap_are_computed_without_thresholds() -> None:
     config = transformers.GptOssConfig(
-        **{**zoo._GROUPED, "initializer_range": 0.25},
+        **{**zoo.GROUPED, "initializer_range": 0.25},
         head_dim=16,
         num_local_experts=2,
         num_experts_per_tok=1,

@@ -28,11 +28,15 @@ from bsfa_compile.ops.tiles import Geometry
 
 @dataclass(kw_only=True)
 class _Slot:
-    """One open site. `calls` counts calls that brought statistics; decoding steps do not."""
+    """One open site. `calls` counts calls that brought statistics; decoding steps do not.
+
+    mismatch: how its attention differs from what was understood of it, "" if it does not.
+    """
 
     name: str
     max_k: int
     calls: int = 0
+    mismatch: str = ""
     statistics: SiteStatistics | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -69,6 +73,11 @@ class Observer:
         return handles
 
     @property
+    def mismatches(self) -> dict[str, str]:
+        """Sites whose attention `verify` found other than understood, and how it differs."""
+        return {slot.name: slot.mismatch for slot in self._mine.values() if slot.mismatch}
+
+    @property
     def calls(self) -> dict[str, int]:
         """Calls that brought statistics, for every open site: 0 for one that never ran."""
         return {slot.name: slot.calls for slot in self._mine.values()}
@@ -100,6 +109,26 @@ class Observer:
         self.close()
 
 
+def _slot_of(handle: Tensor) -> _Slot:
+    slot = _slots.get(int(handle[0]))
+    if slot is None:
+        raise CalibrationError(
+            "a graph that is still being observed ran after its observer was closed: "
+            "revert the model or trace it again"
+        )
+    return slot
+
+
+def mismatch(handle: Tensor) -> str:
+    """How the site of a handle differs from what was understood of it; "" if it does not."""
+    return _slot_of(handle).mismatch
+
+
+def set_mismatch(handle: Tensor, why: str) -> None:
+    """Note that the site of a handle does not compute what was understood of it."""
+    _slot_of(handle).mismatch = why
+
+
 def _observe(
     q: Tensor,
     k: Tensor,
@@ -120,12 +149,7 @@ def _observe(
     key_padding_mask bool [B, Lk], True for a real key. q_start_tensor, 0-d, overrides q_start.
     Decoding steps (one query row) and empty calls are not calibrated and not counted.
     """
-    slot = _slots.get(int(handle[0]))
-    if slot is None:
-        raise CalibrationError(
-            "a graph that is still being observed ran after its observer was closed: "
-            "revert the model or trace it again"
-        )
+    slot = _slot_of(handle)
     if q.shape[2] < 2 or 0 in q.shape or 0 in k.shape:
         return
     geometry = Geometry(

@@ -90,9 +90,18 @@ class Fill:
     shows: bool = False
 
 
-def recognise(
-    masks: Sequence[fx.Node | Fill], site: fx.Node, q_len: object, k_len: object
-) -> Meaning | str:
+@dataclass(frozen=True, kw_only=True)
+class Scaled:
+    """A mask that is multiplied by a positive number before the softmax."""
+
+    mask: fx.Node | Fill
+    factor: float
+
+
+Mask = fx.Node | Fill | Scaled
+
+
+def recognise(masks: Sequence[Mask], site: fx.Node, q_len: object, k_len: object) -> Meaning | str:
     """The meaning of all `masks` of the attention node `site` together; a reason if unknown.
 
     A node is a mask that attn_mask of SDPA could be. q_len, k_len: sizes (int or SymInt) of the
@@ -101,19 +110,20 @@ def recognise(
     run = Interpreter()
     total: Value = Num(0.0)
     for mask in masks:
-        found = run.run(mask) if isinstance(mask, fx.Node) else _filled(run, mask)
-        found = upright(as_select(found))
+        found = upright(as_select(_value(run, mask)))
         total = found if len(masks) == 1 else rules_logic.added(total, found)
         if isinstance(total, Opaque):
             return total.reason
+    nodes = [_node(mask) for mask in masks]
     if isinstance(total, Num) and known(total.value):
         shows = total.value is True or (not isinstance(total.value, bool) and total.value == 0)
-        return Meaning() if shows else "the attention mask is one number everywhere"
+        if not shows:
+            return "the attention mask is one number everywhere"
+        return _with_reads(Meaning(), run, nodes, site)
     if isinstance(total, Table):
         return total.why
     if not isinstance(total, Select):
         return "the attention mask is a bias that depends on positions or data"
-    nodes = [mask if isinstance(mask, fx.Node) else mask.condition for mask in masks]
     for node in nodes:
         if (why := _wrong_shape(node, q_len, k_len)) is not None:
             return why
@@ -121,7 +131,19 @@ def recognise(
     return meaning if isinstance(meaning, str) else _with_reads(meaning, run, nodes, site)
 
 
-def _filled(run: Interpreter, fill: Fill) -> Value:
+def _node(mask: Mask) -> fx.Node:
+    """The node that has the shape of the scores."""
+    if isinstance(mask, Scaled):
+        return _node(mask.mask)
+    return mask.condition if isinstance(mask, Fill) else mask
+
+
+def _value(run: Interpreter, mask: Mask) -> Value:
+    if isinstance(mask, Scaled):
+        return rules_logic.times(_value(run, mask.mask), mask.factor)
+    if isinstance(mask, fx.Node):
+        return run.run(mask)
+    fill = mask
     where, filling = run.run(fill.condition), run.run(fill.value)
     inside, outside = (Num(0.0), filling) if fill.shows else (filling, Num(0.0))
     return rules_logic.choose(where, inside, outside)

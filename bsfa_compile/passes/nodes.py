@@ -19,9 +19,9 @@ def _words(text: str) -> frozenset[str]:
 
 # Operations whose result may share storage with their first argument.
 VIEWS = _words(
-    "alias bool chunk contiguous detach diagonal double expand expand_as flatten float getitem half"
-    " int lift_fresh_copy long movedim narrow permute reshape select slice split squeeze swapaxes t"
-    " mT to transpose type type_as unbind unflatten unsqueeze view view_as"
+    "alias bfloat16 bool chunk contiguous detach diagonal double expand expand_as flatten float"
+    " getitem half int lift_fresh_copy long mT movedim narrow permute reshape select slice split"
+    " squeeze swapaxes t to transpose type type_as unbind unflatten unsqueeze view view_as"
 )
 # Operations on tensors without side effects: what is left of a replaced attention may be deleted.
 PURE = VIEWS | _words(

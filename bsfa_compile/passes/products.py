@@ -35,14 +35,19 @@ class Product:
 
 def product(node: fx.Node) -> Product | None:
     """What a node multiplies; None if it is not two factors of batched matrices."""
-    name, (first, *rest) = plain_name(node), node.args
+    name, given = plain_name(node), list(node.args)
+    if name == "baddbmm":
+        given += [node.kwargs[key] for key in ("batch1", "batch2") if key in node.kwargs]
+    if len(given) < 2:
+        return None
+    first, *rest = given
     bias, factor = None, 1.0
     if name == "einsum":
-        given = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
-        parsed = _einsum(first, given)
+        factors = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+        parsed = _einsum(first, factors)
         if parsed is None:
             return None
-        (left, right), letters = given, parsed
+        (left, right), letters = factors, parsed
     else:
         if name == "baddbmm":
             beta, alpha = (node.kwargs.get(key, 1) for key in ("beta", "alpha"))

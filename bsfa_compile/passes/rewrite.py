@@ -7,6 +7,7 @@ becomes, with the thresholds and counters of the site's module as inputs of the 
 and while calibrating
     bsfa.observe_v1(q, k, padding, ..., handle)
     out = scaled_dot_product_attention(q, k_repeated, v_repeated, mask)
+    bsfa.verify_v1(out, q, k, v, [mask], padding, ..., handle)
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from bsfa_compile.calibrate import observer
+from bsfa_compile.calibrate import observer, verify
 from bsfa_compile.calibrate.thresholds import Thresholds
 from bsfa_compile.ops import library
 from bsfa_compile.ops.tiles import BLOCK_K, BLOCK_Q
 from bsfa_compile.passes.emit import Emitter
+from bsfa_compile.passes.masks import Fill, Mask, Scaled
 from bsfa_compile.passes.nodes import erase_dead, op_name, tensor
 from bsfa_compile.passes.sites import Site
 
 aten = torch.ops.aten
-assert observer.Observer is not None  # importing it registers bsfa::observe_v1
+_REGISTERED = (observer, verify)  # bsfa::observe_v1, bsfa::verify_v1, by being imported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,20 +90,35 @@ def rewrite(sites: Mapping[Site, Buffers], rule: Rule) -> None:
 
 
 def instrument(sites: Mapping[Site, fx.Node], rule: Rule) -> None:
-    """Let bsfa::observe_v1 see each site, through the node of its handle int64 [2]."""
+    """Let bsfa::observe_v1 and verify_v1 see each site; nodes of handles int64 [2] by site."""
     for graph, group in _by_graph(list(sites)).items():
         emitter = Emitter(graph)
         for site in group:
-            q, k, _ = _inputs(emitter, site, {})
+            q, k, v = _inputs(emitter, site, {})
+            mask = _mask(emitter, site)
             with graph.inserting_before(site.node):
                 emitter.call(
                     torch.ops.bsfa.observe_v1.default,
                     q,
                     k,
-                    *_mask(emitter, site),
+                    *mask,
                     rule.sink_tiles,
                     rule.block_q,
                     rule.block_k,
+                    sites[site],
+                )
+                shown = [_shown(emitter, given) for given in site.masks]
+                sinks: list[fx.Node | None] = [*_sinks(emitter, site, q)] or [None]
+            with graph.inserting_after(site.node):
+                emitter.call(
+                    torch.ops.bsfa.verify_v1.default,
+                    site.node,
+                    q,
+                    k,
+                    v,
+                    shown,
+                    *mask,
+                    *sinks,
                     sites[site],
                 )
         graph.lint()
@@ -162,6 +179,16 @@ def _inputs(
                 node = emitter.call(aten.to.dtype, node, result.dtype)
         cast.append(node)
     return cast[0], cast[1], cast[2]
+
+
+def _shown(emitter: Emitter, mask: Mask) -> fx.Node:
+    """A mask as a tensor, bool (True shows) or additive."""
+    if isinstance(mask, Scaled):
+        return _shown(emitter, mask.mask)
+    if isinstance(mask, Fill):
+        condition = mask.condition
+        return condition if mask.shows else emitter.call(aten.logical_not.default, condition)
+    return mask
 
 
 def _sinks(emitter: Emitter, site: Site, q: fx.Node) -> list[fx.Node]:

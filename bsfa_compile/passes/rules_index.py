@@ -34,6 +34,11 @@ def _zeros(run: Interpreter, node: fx.Node) -> Value:
     return Num(0)
 
 
+@rule("tensor", "as_tensor")
+def _tensor(run: Interpreter, node: fx.Node) -> Value:
+    return run.run(node.args[0])
+
+
 @rule("full", "full_like", "new_full", "scalar_tensor", "fill")
 def _full(run: Interpreter, node: fx.Node) -> Value:
     place = {"scalar_tensor": 0, "full": 1, "full_like": 1, "fill": 1, "new_full": 2}[
@@ -43,7 +48,8 @@ def _full(run: Interpreter, node: fx.Node) -> Value:
     return filled if isinstance(filled, Num) else Opaque("the attention mask is filled with data")
 
 
-@rule("to", "_to_copy", "type", "type_as", "bool", "int", "long", "half", "float", "double")
+@rule("to", "_to_copy", "type", "type_as", "bool", "int", "long")
+@rule("half", "bfloat16", "float", "double")
 @rule("contiguous", "clone", "detach", "alias", "lift_fresh_copy", "expand", "expand_as")
 def _same(run: Interpreter, node: fx.Node) -> Value:
     return run.run(node.args[0])
@@ -60,9 +66,10 @@ def _reshape(run: Interpreter, node: fx.Node) -> Value:
     kept = len(before) == len(after) and all(
         same(old.shape[a], new.shape[b]) for a, b in zip(before, after, strict=True)
     )
+    found = run.run(node.args[0])
     if not kept:
-        return Opaque("the attention mask is reshaped")
-    return moved(run.run(node.args[0]), dict(zip(before, after, strict=True)))
+        return found if isinstance(found, Opaque) else Opaque("the attention mask is reshaped")
+    return moved(found, dict(zip(before, after, strict=True)))
 
 
 @rule("transpose", "permute")
@@ -80,9 +87,22 @@ def _transpose(run: Interpreter, node: fx.Node) -> Value:
     return moved(run.run(node.args[0]), {old - rank: i - rank for i, old in enumerate(order)})
 
 
-@rule("embedding")
+@rule("cat", "interpolate", "pad", "stack")
+def _parts(run: Interpreter, node: fx.Node) -> Value:
+    parts = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
+    found = [run.run(part) for part in parts]
+    otherwise = Opaque("the attention mask is put together from parts")
+    return next((part for part in found if isinstance(part, Opaque)), otherwise)
+
+
+@rule("matmul", "einsum", "bmm", "linear")
+def _product(run: Interpreter, node: fx.Node) -> Value:
+    return Opaque("the attention mask is a bias computed from queries or keys")
+
+
+@rule("embedding", "gather")
 def _embedding(run: Interpreter, node: fx.Node) -> Value:
-    return Opaque("the attention mask is a bias learned for relative positions")
+    return Opaque("the attention mask is a bias looked up in a table, by relative position")
 
 
 @rule("repeat")
@@ -143,7 +163,7 @@ def _getitem(run: Interpreter, node: fx.Node) -> Value:
 def _gather(run: Interpreter, source: object, picks: list[Value]) -> Value:
     """source[batch index, position]: a table or positions looked up along an axis."""
     table, fake = run.run(source), tensor(source)
-    if isinstance(table, Num):
+    if isinstance(table, Num | Opaque):
         return table
     if fake is None or fake.dim() != len(picks):
         return Opaque("the attention mask looks positions up")

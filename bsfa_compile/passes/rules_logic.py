@@ -76,6 +76,11 @@ def _mul(run: Interpreter, node: fx.Node) -> Value:
     return _arithmetic(run.run(node.args[0]), run.run(node.args[1]), lambda x, y: x * y)
 
 
+def times(a: Value, factor: float) -> Value:
+    """A number or mask to be added, multiplied."""
+    return _arithmetic(a, Num(factor), lambda x, y: x * y)
+
+
 def _arithmetic(a: Value, b: Value, apply: Callable[..., domain.Scalar]) -> Value:
     a, b = as_select(a), as_select(b)
     if isinstance(a, Num) and isinstance(b, Num):

@@ -11,12 +11,13 @@ import torch
 from torch import fx
 
 from bsfa_compile.passes import eligible
+from bsfa_compile.passes.arrange import Written
 from bsfa_compile.passes.emit import realisable
 from bsfa_compile.passes.fused import HIDDEN, open_fused
 from bsfa_compile.passes.heads import unrepeated
-from bsfa_compile.passes.masks import Fill, Meaning, recognise
+from bsfa_compile.passes.masks import Mask, Meaning, recognise
 from bsfa_compile.passes.nodes import op_name, rebind, tensor
-from bsfa_compile.passes.written import SOFTMAX, Written, match
+from bsfa_compile.passes.written import SOFTMAX, match
 
 SDPA = frozenset(
     (
@@ -42,7 +43,7 @@ class Site:
     node: the call. module: the innermost module's key in nn_module_stack ("" if there is none);
     path: its qualified name in the graph's own words. ordinal: its place among the attention
     calls of that module's call. q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]: nodes,
-    before any repetition of heads. meaning: what the mask shows. sinks [H]: one more logit per head
+    before any repetition of heads. meaning: what the masks show. sinks [H]: one more logit per head
     in each row's denominator. reason: why it stays dense.
     """
 
@@ -57,6 +58,7 @@ class Site:
     scale: float | None = None
     softcap: float | None = None
     sinks: fx.Node | None = None
+    masks: tuple[Mask, ...] = ()
     reason: str | None = None
 
 
@@ -136,7 +138,7 @@ def _site(bare: Site) -> Site:
     """The site of an SDPA call."""
     given = arguments(bare.node)
     causal = given["is_causal"] is True
-    masks = [] if given["attn_mask"] is None else [given["attn_mask"]]
+    masks: list[Mask] = [] if given["attn_mask"] is None else [given["attn_mask"]]
     return _understood(bare, given, masks, causal=causal)
 
 
@@ -149,9 +151,7 @@ def _written_site(bare: Site, written: Written) -> Site:
     return replace(found, softcap=written.softcap, sinks=written.sinks)
 
 
-def _understood(
-    bare: Site, given: Mapping[str, Any], masks: list[fx.Node | Fill], *, causal: bool
-) -> Site:
+def _understood(bare: Site, given: Mapping[str, Any], masks: list[Mask], *, causal: bool) -> Site:
     """The site with its inputs and the meaning of its masks, or with a reason."""
     node, q, k, v = bare.node, given["query"], given["key"], given["value"]
     fake_q, fake_k = tensor(q), tensor(k)
@@ -170,4 +170,4 @@ def _understood(
     if heads[0] == heads[1]:
         k, v = bare_k, bare_v
     scale = None if given["scale"] is None else float(given["scale"])
-    return replace(bare, q=q, k=k, v=v, meaning=meaning, scale=scale)
+    return replace(bare, q=q, k=k, v=v, meaning=meaning, masks=tuple(masks), scale=scale)

@@ -55,7 +55,7 @@ class Found:
     def wanted(self, q_len: int, k_len: int, batch: int) -> Tensor:
         """bool [B, Lq, Lk]: what the mask itself shows."""
         shows = self.mask if self.mask.dtype == torch.bool else self.mask == 0
-        shows = shows if shows.dim() == 4 else shows[None, None]
+        shows = shows[:, :1] if shows.dim() == 4 else shows[None, None]
         return shows.expand(batch, 1, q_len, k_len)[:, 0]
 
 

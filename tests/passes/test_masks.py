@@ -96,6 +96,36 @@ def two_additive(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     return additive_triu(q, k)[None, None] + padding_added(q, k, mask)
 
 
+def padding_inverted(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    hidden = ~mask.bool()  # as nn.MultiheadAttention takes it
+    return by_tril(q, k)[None, None] & ~hidden[:, None, None, :]
+
+
+def padding_equals_zero(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    hidden = (mask == 0)[:, None, None, :]
+    return torch.zeros(q.shape[2], k.shape[2]).masked_fill(hidden, -INF)
+
+
+def padding_filled_in_place(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    added = torch.zeros_like(mask, dtype=q.dtype)
+    added.masked_fill_(mask == 0, -INF)
+    return added.view(q.shape[0], 1, 1, -1).expand(-1, q.shape[1], q.shape[2], -1)
+
+
+def filled_in_place(q: Tensor, k: Tensor) -> Tensor:
+    mask = torch.zeros(q.shape[2], k.shape[2], dtype=q.dtype)
+    mask.masked_fill_(~by_tril(q, k), -INF)
+    return mask.expand(q.shape[0], q.shape[1], -1, -1)  # alike in every head
+
+
+def permuted(q: Tensor, k: Tensor) -> Tensor:
+    return (
+        (_range(k.shape[2])[:, None] <= _range(q.shape[2])[None, :])[None]
+        .permute(0, 2, 1)
+        .squeeze(0)
+    )
+
+
 def padding_longer(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     longer = torch.nn.functional.pad(mask.bool(), (2, 3))
     rows = _range(q.shape[0])[:, None, None, None]
@@ -153,6 +183,11 @@ UNDERSTOOD = [
     (causal_and_padding, (_padding(),), LQ, {**CAUSAL, "padding": True}),
     (causal_and_padding_looked_up, (_padding(),), LQ, {**CAUSAL, "padding": True}),
     (two_additive, (_padding(),), LQ, {**CAUSAL, "padding": True}),
+    (padding_inverted, (_padding(),), LQ, {**CAUSAL, "padding": True}),
+    (padding_equals_zero, (_padding(),), LQ, PADDED),
+    (padding_filled_in_place, (_padding(),), LQ, PADDED),
+    (filled_in_place, (), LQ, CAUSAL),
+    (permuted, (), LQ, CAUSAL),
     (padding_longer, (_padding(),), LQ, PADDED),
     (start_in_a_tensor, (torch.tensor(4),), 6, CAUSAL),
     (start_overwritten_later, (torch.tensor(4),), 6, CAUSAL),
@@ -196,6 +231,33 @@ def causal_alibi(q: Tensor, k: Tensor) -> Tensor:
 
 def packed(q: Tensor, k: Tensor, segments: Tensor) -> Tensor:
     return (segments[:, None, :, None] == segments[:, None, None, :]) & by_tril(q, k)
+
+
+def packed_by_positions(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
+    starts = torch.diff(positions, prepend=positions[:, :1] - 1) != 1
+    return packed(q, k, starts.cumsum(-1))
+
+
+def packed_by_lengths(q: Tensor, k: Tensor, edges: Tensor) -> Tensor:
+    rows = torch.searchsorted(edges, _range(q.shape[2]), right=True)
+    return (rows[:, None] == rows[None, :]) & by_tril(q, k)
+
+
+def chunks(q: Tensor, k: Tensor) -> Tensor:
+    same = _range(q.shape[2])[:, None] // 4 == _range(k.shape[2])[None, :] // 4
+    return same & by_tril(q, k)
+
+
+def relative_bias(q: Tensor, k: Tensor, table: Tensor) -> Tensor:
+    distance = (_range(k.shape[2])[None, :] - _range(q.shape[2])[:, None]).clamp(0, 5)
+    return torch.nn.functional.embedding(distance, table).permute(2, 0, 1)[None]
+
+
+def filled_through_another_view(q: Tensor, k: Tensor) -> Tensor:
+    added = torch.zeros(q.shape[2], k.shape[2], dtype=q.dtype)
+    seen = added[None].transpose(1, 2)  # a view made before the mask is filled
+    added.masked_fill_(~by_tril(q, k), -INF)
+    return seen.squeeze(0)
 
 
 def prefix_lm(q: Tensor, k: Tensor) -> Tensor:
@@ -278,6 +340,11 @@ REFUSED = [
     (alibi, (), ""),
     (causal_alibi, (), ""),
     (packed, (_segments(),), "packed"),
+    (packed_by_positions, (torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]] * B),), ""),
+    (packed_by_lengths, (torch.tensor([0, 4, LQ]),), "packed"),
+    (chunks, (), "chunks"),
+    (relative_bias, (torch.randn(6, H),), "looked up"),
+    (filled_through_another_view, (), "written in place"),
     (prefix_lm, (), "'or'"),
     (prefix_lm_data, (_padding(),), "'or'"),
     (dilated, (), "not understood"),

@@ -168,6 +168,11 @@ def of_mbart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # 24
     return torch.bmm(weights, v).reshape(b, HEADS, LENGTH, DIM)
 
 
+@spelling(**CAUSAL)
+def scaled_after_its_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # CodeGen
+    return torch.softmax((q @ k.transpose(-1, -2) + bias(q, k)) / ROOT, dim=-1) @ v
+
+
 @spelling(is_causal=True, softcap=5.0)
 def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = 5.0 * torch.tanh(q @ k.mT / (5.0 * ROOT))
@@ -189,6 +194,14 @@ def in_place_by_statements(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores.mul_(1 / ROOT)
     scores.masked_fill_(~shown(q, k), -math.inf)
     return scores.softmax(dim=3).matmul(v)
+
+
+@spelling(**CAUSAL)
+def of_torchs_documentation(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    added = torch.zeros(q.size(-2), k.size(-2), dtype=q.dtype)
+    added.masked_fill_(shown(q, k).logical_not(), float("-inf"))
+    weights = torch.softmax(q @ k.transpose(-2, -1) * DIM**-0.5 + added.to(q.dtype), dim=-1)
+    return torch.dropout(weights, 0.0, train=True) @ v
 
 
 @spelling(**CAUSAL)
@@ -242,7 +255,7 @@ def baddbmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def baddbmm_of_nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # GPT-NeoX of old
     a, b = (x.flatten(0, 1) for x in (q, k))
     nothing = torch.zeros(a.shape[0], LENGTH, LENGTH, dtype=q.dtype)
-    scores = torch.baddbmm(nothing, a, b.transpose(1, 2), beta=0.0, alpha=1 / ROOT)
+    scores = nothing.baddbmm(batch1=a, batch2=b.transpose(1, 2), beta=0.0, alpha=1 / ROOT)
     return (scores.view(-1, HEADS, LENGTH, LENGTH) + bias(q, k)).softmax(-1) @ v
 
 
@@ -353,7 +366,7 @@ REFUSED = [
     (other_axis, "another axis"),
     (dropping, "dropout"),
     (weights_returned, "used elsewhere"),
-    (learned_temperature, "'mul'"),
+    (learned_temperature, "by a tensor"),
     (einsum_over_heads, ""),
     (column_dropped, "last column"),
     (sink_of_every_row, "per head"),
