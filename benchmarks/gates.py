@@ -26,11 +26,11 @@ from rich.console import Console
 
 import bsfa_compile as bsfa
 from bsfa_compile.calibrate.statistics import EDGES, ZERO_EDGE
-from bsfa_compile.demo.models import LoadedModel, load
 from bsfa_compile.evaluate import corpora
 from bsfa_compile.evaluate.intervals import METHODS
 from bsfa_compile.evaluate.judge import Judge, facts_found, losses, tiles, use
 from bsfa_compile.evaluate.likelihood import float32_head
+from bsfa_compile.evaluate.models import LoadedModel, load
 from bsfa_compile.evaluate.outcome import Loss
 from bsfa_compile.evaluate.plot import Line, draw
 from bsfa_compile.evaluate.run import Settings, device_name, pieces, sample, versions

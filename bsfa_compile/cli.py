@@ -63,8 +63,8 @@ def demo(
     """Calibrate a trained model on some texts and judge it on others, against dense."""
     try:
         # What only the demo needs (matplotlib, gguf) is an extra; other commands do without.
-        from bsfa_compile.demo.models import ModelUnavailableError
         from bsfa_compile.demo.run import Settings, run
+        from bsfa_compile.evaluate.models import ModelUnavailableError
     except ImportError as error:
         raise fail(f'{error}: pip install "bsfa-compile[demo]"', ERROR) from error
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -134,7 +134,7 @@ def evaluate(
     --lengths 1024 --documents 1 --samples 2.
     """
     try:
-        from bsfa_compile.demo.models import ModelUnavailableError
+        from bsfa_compile.evaluate.models import ModelUnavailableError
         from bsfa_compile.evaluate.publish import publish
         from bsfa_compile.evaluate.run import Settings, run
         from bsfa_compile.evaluate.targets import parse_targets
@@ -195,7 +195,7 @@ def report(
 ) -> None:
     """One page about a model under thresholds: sites, heads, tiles, quality and speed."""
     try:
-        from bsfa_compile.demo.models import ModelUnavailableError
+        from bsfa_compile.evaluate.models import ModelUnavailableError
         from bsfa_compile.evaluate.page import page
         from bsfa_compile.evaluate.run import Settings, run
         from bsfa_compile.evaluate.targets import parse_targets

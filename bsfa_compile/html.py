@@ -13,7 +13,7 @@ from bsfa_compile.evaluate.intervals import Estimate
 from bsfa_compile.evaluate.outcome import Evaluation
 
 if TYPE_CHECKING:
-    from bsfa_compile.demo.outcome import TileMap
+    from bsfa_compile.evaluate.outcome import TileMap
     from bsfa_compile.report import Report, SiteReport
 
 _STYLE = """

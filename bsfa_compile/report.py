@@ -16,9 +16,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from bsfa_compile.calibrate.quality import Proof
-from bsfa_compile.demo.outcome import TileMap
 from bsfa_compile.errors import InputError
-from bsfa_compile.evaluate.outcome import Evaluation, finite
+from bsfa_compile.evaluate.outcome import Evaluation, TileMap, finite
 from bsfa_compile.html import render
 from bsfa_compile.ops import library
 from bsfa_compile.passes.sites import find, owner

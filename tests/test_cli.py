@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from bsfa_compile import cli
-from bsfa_compile.demo import models
+from bsfa_compile.evaluate import models
 from bsfa_compile.ops.compiler import Compiled, KernelUnavailable, Variant
 
 runner = CliRunner()

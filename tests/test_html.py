@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import bsfa_compile as bsfa
-from bsfa_compile.demo.outcome import TileMap
 from bsfa_compile.errors import InputError
 from bsfa_compile.evaluate.intervals import bootstrap, wilson
-from bsfa_compile.evaluate.outcome import Evaluation, Loss, Point, Score
+from bsfa_compile.evaluate.outcome import Evaluation, Loss, Point, Score, TileMap
 
 VOID = {"meta"}
 TILES = [[2, 0, 0], [2, 1, 0], [2, 1, 2]]

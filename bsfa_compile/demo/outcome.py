@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bsfa_compile.evaluate import Comparison
+from bsfa_compile.evaluate.outcome import TileMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +25,6 @@ class Rule:
     comparison: Comparison
     found: int
     facts: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TileMap:
-    """What becomes of one head's tiles: 0 masked, 1 dropped, 2 kept; [q blocks][key tiles]."""
-
-    site: str
-    head: int
-    tiles: list[list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from bsfa_compile.demo.outcome import Outcome, Rule, TileMap
+from bsfa_compile.demo.outcome import Outcome, Rule
+from bsfa_compile.evaluate.outcome import TileMap
 
 COLOURS = ("#f2f2f2", "#f4c9a8", "#1f4e79")  # invisible, dropped, kept
 

@@ -14,7 +14,6 @@ from rich.console import Console
 from torch import Tensor
 
 import bsfa_compile as bsfa
-from bsfa_compile.demo import texts
 from bsfa_compile.demo.judge import (
     Judge,
     by_counting,
@@ -23,13 +22,14 @@ from bsfa_compile.demo.judge import (
     match_dropped,
     wanted_tiles,
 )
-from bsfa_compile.demo.models import LoadedModel, load
-from bsfa_compile.demo.outcome import Continuation, Outcome, TileMap
+from bsfa_compile.demo.outcome import Continuation, Outcome
 from bsfa_compile.demo.picture import draw
 from bsfa_compile.demo.table import show
-from bsfa_compile.demo.tilemap import Caught, catching, kept_tiles, tile_map, typical_head
 from bsfa_compile.errors import InputError
-from bsfa_compile.evaluate import build_needles
+from bsfa_compile.evaluate import build_needles, texts
+from bsfa_compile.evaluate.models import LoadedModel, load
+from bsfa_compile.evaluate.outcome import TileMap
+from bsfa_compile.evaluate.tilemap import Caught, catching, kept_tiles, tile_map, typical_head
 from bsfa_compile.ops.compiler import cache_dir
 
 OURS, PAPER = "budget", "paper"

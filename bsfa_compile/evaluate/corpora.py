@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bsfa_compile.demo import texts
 from bsfa_compile.errors import InputError
+from bsfa_compile.evaluate import texts
 from bsfa_compile.evaluate.needles import Encode, NeedlePrompt, build_needles
 
 PROSE, CODE = "prose", "code"

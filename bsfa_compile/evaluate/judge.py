@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 import bsfa_compile as bsfa
-from bsfa_compile.demo.models import LoadedModel
 from bsfa_compile.errors import ThresholdsError
 from bsfa_compile.evaluate.corpora import Piece
 from bsfa_compile.evaluate.intervals import bootstrap, wilson
 from bsfa_compile.evaluate.likelihood import Comparison, compare, tail_logits
+from bsfa_compile.evaluate.models import LoadedModel
 from bsfa_compile.evaluate.needles import retrieved
 from bsfa_compile.evaluate.outcome import Loss, Score
 from bsfa_compile.evaluate.tasks import TaskPrompt

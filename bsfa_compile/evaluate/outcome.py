@@ -12,6 +12,15 @@ from bsfa_compile.evaluate.intervals import METHODS, Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
+class TileMap:
+    """What becomes of one head's tiles: 0 masked, 1 dropped, 2 kept; [q blocks][key tiles]."""
+
+    site: str
+    head: int
+    tiles: list[list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loss:
     """Documents of a genre under a rule, against dense; nats per token, over `tokens` in all."""
 

@@ -7,11 +7,10 @@ from dataclasses import replace
 import torch
 
 import bsfa_compile as bsfa
-from bsfa_compile.demo.models import LoadedModel
-from bsfa_compile.demo.outcome import TileMap
-from bsfa_compile.demo.tilemap import DROPPED, catching, kept_tiles, tile_map
-from bsfa_compile.evaluate.outcome import Evaluation
+from bsfa_compile.evaluate.models import LoadedModel
+from bsfa_compile.evaluate.outcome import Evaluation, TileMap
 from bsfa_compile.evaluate.run import Settings, pieces
+from bsfa_compile.evaluate.tilemap import DROPPED, catching, kept_tiles, tile_map
 from bsfa_compile.state import state_of
 
 

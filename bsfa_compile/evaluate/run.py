@@ -13,12 +13,12 @@ from torch import Tensor
 
 import bsfa_compile as bsfa
 from bsfa_compile.calibrate import Target
-from bsfa_compile.demo.models import LoadedModel, load
 from bsfa_compile.errors import InputError
 from bsfa_compile.evaluate import corpora
 from bsfa_compile.evaluate.corpora import CODE, EVALUATION, PROSE, Piece
 from bsfa_compile.evaluate.judge import Judge, losses, tiles, use
 from bsfa_compile.evaluate.likelihood import float32_head
+from bsfa_compile.evaluate.models import LoadedModel, load
 from bsfa_compile.evaluate.outcome import Evaluation, Point
 from bsfa_compile.evaluate.targets import solved
 from bsfa_compile.evaluate.tasks import TASKS, TaskPrompt, build_task

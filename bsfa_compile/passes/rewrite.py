@@ -56,6 +56,12 @@ class Rule:
             dense_if_faster=dense_if_faster,
         )
 
+    @property
+    def arguments(self) -> tuple[str, str, int, int, int, bool]:
+        """Its fields as the operator takes them one after another."""
+        tiles = self.block_q, self.block_k
+        return self.gate, self.precision, self.sink_tiles, *tiles, self.dense_if_faster
+
 
 @dataclass(frozen=True, kw_only=True)
 class Buffers:
@@ -140,12 +146,7 @@ def _replace(
             v,
             thresholds,
             *mask,
-            rule.gate,
-            rule.precision,
-            rule.sink_tiles,
-            rule.block_q,
-            rule.block_k,
-            rule.dense_if_faster,
+            *rule.arguments,
             *_sinks(emitter, site, q),
         )
         out = emitter.call(operator.getitem, call, 0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bsfa_compile.calibrate.thresholds import Thresholds
-from bsfa_compile.demo.outcome import TileMap
+from bsfa_compile.evaluate.outcome import TileMap
 from bsfa_compile.ops import library
 from bsfa_compile.ops.tiles import Geometry, unpack
 

@@ -45,7 +45,7 @@ class Document:
 
 def shipped(name: str) -> Document:
     """One of the shipped texts, by name."""
-    text = files("bsfa_compile.demo").joinpath("data", f"{name}.txt").read_text("utf-8")
+    text = files("bsfa_compile.evaluate").joinpath("data", f"{name}.txt").read_text("utf-8")
     return Document(name=name.replace("_", " "), paragraphs=tuple(text.splitlines()))
 
 
