@@ -207,20 +207,22 @@ def test_masks_of_other_meaning_stay_dense_and_say_so() -> None:
     assert all("mask" in (site.reason or "") and not site.rewritten for site in report.sites)
 
 
-def test_sinks_and_softcap_are_computed_without_thresholds() -> None:
+def test_attention_sinks() -> None:
     config = transformers.GptOssConfig(
-        **{**zoo.GROUPED, "initializer_range": 0.25},
-        head_dim=16,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        sliding_window=16,
+        **zoo.GROUPED, head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=100
     )
     torch.manual_seed(0)
     model = transformers.GptOssForCausalLM._from_config(config, attn_implementation="eager").eval()
-    ids = torch.randint(3, zoo.VOCABULARY, (2, 40))
-    wanted = zoo.output(model, {"input_ids": ids})
+    given = zoo.left_padded({"input_ids": torch.randint(3, zoo.VOCABULARY, (2, 150))}, (0, 9))
+    rows = given["attention_mask"].bool()
+    wanted = zoo.output(model, given)[rows]
     model.set_attn_implementation("bsfa")
-    assert torch.allclose(zoo.output(model, {"input_ids": ids}), wanted, atol=1e-4)
+    assert torch.allclose(zoo.output(model, given)[rows], wanted, atol=1e-4)
+    apply_eagerly(model, thresholds(-torch.inf))
+    assert torch.allclose(zoo.output(model, given)[rows], wanted, atol=1e-4)
+    apply_eagerly(model, thresholds(-0.02))
+    assert not torch.allclose(zoo.output(model, given)[rows], wanted, atol=1e-4)
+    assert all_skip(model) and bsfa.report(model).calls == {"sparse": 2}
 
 
 limits = st.integers(1, 40)

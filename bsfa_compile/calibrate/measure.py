@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -72,7 +74,10 @@ def _measure_sample(
     into.add_sample(length=sample.length, rows=voting, blocks=found)
     columns = {i: tiles for i, tiles in columns.items() if tiles}
     call = _call(sample, softcap=softcap, scale=scale)
-    if columns and tile_statistics.reason(sample.q, sample.k, call) is None:
+    slow = tile_statistics.reason(sample.q, sample.k, call)
+    if sample.q.device.type == "cuda" and slow is not None:
+        _say_slow(slow)
+    if columns and slow is None:
         for first, stop in _runs(columns, sample.q.shape[1] * g.k_blocks):
             found_tiles = [columns[i] for i in range(first, stop) if i in columns]
             span = min(t[0] for t in found_tiles), max(t[-1] for t in found_tiles) + 1
@@ -98,6 +103,12 @@ def _measure_sample(
         mass = torch.cat([part[1] for part in parts])[:, index]
         into.add_tiles(g.first_block + i, statistic, mass)
     return True
+
+
+@functools.cache
+def _say_slow(reason: str) -> None:
+    """Once for each reason."""
+    warnings.warn(f"calibration is slow, without its CUDA kernel: {reason}", stacklevel=2)
 
 
 def _call(sample: Sample, *, softcap: float | None, scale: float) -> Call:

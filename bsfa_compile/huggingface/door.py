@@ -17,6 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from bsfa_compile.huggingface.masks import LazyMask, Structure, make_mask
 from bsfa_compile.ops import library
+from bsfa_compile.ops.call import lse_dtype
 from bsfa_compile.passes.attach import names
 from bsfa_compile.passes.rewrite import Rule
 from bsfa_compile.state import site_name, state_of
@@ -48,12 +49,10 @@ def attention(
         state = state_of(module)
         if state is not None:
             mask = _structure_of(module, attention_mask, is_causal)
-            reason = _why_dense(module, mask, dropout, s_aux, options)
+            reason = _why_dense(module, mask, dropout, options)
             state.ran(site_name(state.names[id(module)], 0), reason)
             if reason is None and mask is not None:
-                out = _sparse(
-                    module, query, key, value, mask, state.rule, scaling=scaling, softcap=softcap
-                )
+                out = _sparse(module, query, key, value, mask, state.rule, scaling, softcap, s_aux)
                 return out.transpose(1, 2).contiguous(), None
     plain = attention_mask.dense() if isinstance(attention_mask, LazyMask) else attention_mask
     if softcap is None and s_aux is None:
@@ -102,15 +101,12 @@ def _why_dense(
     module: nn.Module,
     mask: Structure | None,
     dropout: float,
-    s_aux: Tensor | None,
     options: dict[str, Any],
 ) -> str | None:
     if mask is None:
         return "the attention mask means more than causality, window and padding"
     if dropout:
         return "attention dropout is active"
-    if s_aux is not None:
-        return "attention sinks"
     if options.get("position_bias") is not None:
         return "the attention has a bias that depends on positions"
     if options.get("cache") is not None:
@@ -127,9 +123,9 @@ def _sparse(
     v: Tensor,
     mask: Structure,
     rule: Rule,
-    *,
     scaling: float | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     thresholds, counters = module.get_buffer(_THRESHOLDS), module.get_buffer(_COUNTERS)
     out, _, _, counts = library.attention(
@@ -144,12 +140,8 @@ def _sparse(
         mask.window,
         softcap,
         scaling,
-        rule.gate,
-        rule.precision,
-        rule.sink_tiles,
-        rule.block_q,
-        rule.block_k,
-        rule.dense_if_faster,
+        *rule.arguments,
+        None if sinks is None else sinks.to(lse_dtype(q.dtype)),
     )
     counters.add_(counts.to(counters.device))
     found: Tensor = out
