@@ -10,15 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import bsfa_compile as bsfa
 from bsfa_compile.cli import app
-from bsfa_compile.demo import models as demo_models
-from bsfa_compile.demo import texts
 from bsfa_compile.demo.judge import (
     by_counting,
     counters,
@@ -26,42 +22,22 @@ from bsfa_compile.demo.judge import (
     match_dropped,
     wanted_tiles,
 )
-from bsfa_compile.demo.models import GEMMA, QWEN, ModelUnavailableError, PackagedModel, load
-from bsfa_compile.demo.tilemap import DROPPED, INVISIBLE, KEPT, Caught, catching, kept_tiles
 from bsfa_compile.errors import InputError
+from bsfa_compile.evaluate import models as demo_models
+from bsfa_compile.evaluate import texts
+from bsfa_compile.evaluate.models import GEMMA, QWEN, ModelUnavailableError, PackagedModel, load
+from bsfa_compile.evaluate.tilemap import DROPPED, INVISIBLE, KEPT, Caught, catching, kept_tiles
 from bsfa_compile.ops import reference
 from bsfa_compile.ops.tiles import Geometry
+from tests.tiny import save_tiny
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a two-layer Llama over bytes whose attention is local."""
-    folder = tmp_path_factory.mktemp("tiny")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            # Queries and keys that are all alike: the rotation by position makes them local.
-            layer.self_attn.q_proj.bias.fill_(1.1)
-            layer.self_attn.k_proj.bias.fill_(1.1)
-    model.save_pretrained(folder)
-    return folder
+    """Of `save_tiny`."""
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def test_the_whole_demo_on_a_tiny_model(tiny: Path, tmp_path: Path) -> None:

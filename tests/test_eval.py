@@ -11,9 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import bsfa_compile as bsfa
@@ -24,6 +23,7 @@ from bsfa_compile.evaluate.intervals import bootstrap, wilson
 from bsfa_compile.evaluate.likelihood import float32_head
 from bsfa_compile.evaluate.targets import parse_targets
 from bsfa_compile.evaluate.tasks import TASKS, build_task
+from tests.tiny import save_tiny
 
 unit = st.floats(0, 1)
 PARAGRAPHS = [f"The {n}th sentence of a plain text about nothing in particular." for n in range(50)]
@@ -40,31 +40,8 @@ def decode(ids: torch.Tensor) -> str:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a two-layer Llama over bytes whose attention is local."""
-    folder = tmp_path_factory.mktemp("tiny")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            # Queries and keys that are all alike: the rotation by position makes them local.
-            layer.self_attn.q_proj.bias.fill_(1.1)
-            layer.self_attn.k_proj.bias.fill_(1.1)
-    model.save_pretrained(folder)
-    return folder
+    """Of `save_tiny`."""
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def test_wilson_by_hand() -> None:

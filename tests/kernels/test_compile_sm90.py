@@ -15,8 +15,11 @@ RICH = Mask(causal=False, window=True, padded=True, softcap=True)
 SMEM_LIMIT = 232448  # bytes a block of threads may have on sm_90
 
 
-# The gate for head dims above 128 with window, padding and softcap at once is short of registers.
-MOST_SPILLED = 32  # bytes a thread
+def spills(variant: Variant) -> int:
+    """Bytes a thread may spill: the gate is short of registers where all comes together."""
+    macros = dict(variant.defines)
+    rich = all(macros.get(name) for name in ("RELATIVE", "WINDOW", "PADDED", "SOFTCAP"))
+    return 32 if rich and macros["HEAD_DIM"] == 256 else 0
 
 
 def check(variant: Variant) -> None:
@@ -24,7 +27,7 @@ def check(variant: Variant) -> None:
     # C7508 setmaxnreg dropped; C7510, C7511, C7514, C7515, C7518 wgmma serialised.
     assert compiled.warnings == []
     assert variant.entry in compiled.functions
-    assert compiled.functions[variant.entry][1] <= MOST_SPILLED, "spills"
+    assert compiled.functions[variant.entry][1] <= spills(variant)
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -123,3 +124,27 @@ def traced(make: MakeMask, args: tuple[Tensor, ...], *, by: str = "dynamo") -> t
                 torch._dynamo.mark_dynamic(tensor, 2 if tensor.dim() == 4 else 1)
     output = torch.compile(module, backend=backend, fullgraph=True)(*copies)
     return found[0], output
+
+
+B, H, LQ, LK, D = 2, 3, 10, 10, 4
+INF = math.inf
+
+
+def indices(n: int) -> Tensor:
+    return torch.arange(n)
+
+
+def by_tril(q: Tensor, k: Tensor) -> Tensor:
+    return torch.tril(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool))
+
+
+def sample_padding() -> Tensor:
+    mask = torch.ones(B, LK, dtype=torch.long)
+    mask[0, :3] = 0
+    mask[1, 7:] = 0
+    return mask
+
+
+def tensors(q_len: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(B, H, q_len, D), torch.randn(B, H, LK, D)
