@@ -1,8 +1,10 @@
 // Attention over a list of tiles: the kept ones of a tile mask, or (LIST = 0) all visible ones.
 //
 // A work item is one q block (128 rows) of one head. Warp 0 of warpgroup 0 is the loader: it takes
-// items off a counter, walks the block's mask words from the last tile downwards and brings
-// STEP_TILES tiles of K and V at a time, which need not be neighbours. Warpgroups 1 and 2 own 64
+// items off a counter and brings STEP_TILES tiles of K and V at a time, which need not be
+// neighbours: the lowest listed one first, then from the last one downwards. The lowest holds the
+// attention sink, if there is one: a row's maximum is then known from the start, and its largest
+// weight is exactly 1 (a maximum that lags would have it rounded to 16 bits). Warpgroups 1 and 2 own 64
 // rows each and never branch on the data: in a step QK of this step and PV of the last one run on
 // the tensor cores while the softmax is computed, and the two warpgroups take turns to issue. The
 // output is rescaled only when a row's maximum grew by more than 2^8.
@@ -79,12 +81,12 @@ DEVICE Item item_of(const Params& p, int q_start, int item) {
   return r;
 }
 
-// The tiles of one item in descending order. All lanes of the loader's warp call together; 32 mask
-// words at a time live in the lanes.
+// The tiles of one item: the lowest, and the others in descending order. All lanes of the loader's
+// warp call together; 32 mask words at a time live in the lanes.
 struct Tiles {
   const u32* row_gmem;
   u32 word, current;
-  int chunk, index, next, count, words;
+  int chunk, index, next, count, words, lowest;
 
   // The part of a mask row that lies in the lanes at first, read an item ahead.
   static DEVICE u32 first_words(const Params& p, const Item& item, int lane) {
@@ -99,13 +101,20 @@ struct Tiles {
   DEVICE void begin(const Params& p, const Item& item, u32 first, int lane) {
     next = item.span.tile_hi - 1;
     count = item.span.tile_hi - item.span.tile_lo;
+    lowest = item.span.tile_lo;
 #if LIST
     words = p.shape.words;
     row_gmem = row_of(p, item);
     chunk = (words - 1) / 32;
     count = __popc(first);
-    for (int w = lane; w < chunk * 32; w += 32) count += __popc(row_gmem[w]);
+    lowest = first ? (chunk * 32 + lane) * 32 + __ffs(first) - 1 : NO_TILE;
+    for (int w = chunk * 32 + lane - 32; w >= 0; w -= 32) {
+      const u32 more = row_gmem[w];
+      count += __popc(more);
+      if (more) lowest = w * 32 + __ffs(more) - 1;
+    }
     count = __reduce_add_sync(FULL_WARP, count);
+    lowest = __reduce_min_sync(FULL_WARP, lowest);
     word = first;
     index = 31;
     current = __shfl_sync(FULL_WARP, word, 31);
@@ -117,7 +126,7 @@ struct Tiles {
     index = 31;
     current = __shfl_sync(FULL_WARP, word, 31);
   }
-  DEVICE int pop(int lane) {  // only while tiles are left
+  DEVICE int pop(int lane) {  // never more often than count - 1 times
 #if !LIST
     return next--;
 #else
@@ -193,7 +202,8 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
 #pragma unroll
       for (int t = 0; t < STEP_TILES; t++) {
         pair[t] = NO_TILE;
-        if (n < steps && n * STEP_TILES + t < tiles.count) pair[t] = tiles.pop(lane);
+        if (n < steps && n * STEP_TILES + t < tiles.count)
+          pair[t] = n + t == 0 ? tiles.lowest : tiles.pop(lane);
         if (pair[t] == NO_TILE || cut(p.shape, item.span, item.batch, pair[t])) word |= CUT_BIT;
         word |= (u32)pair[t] << t * TILE_BITS;
       }
