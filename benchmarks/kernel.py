@@ -3,26 +3,29 @@
     python benchmarks/kernel.py --lengths 16384 65536 --out results.json
 
 Inputs are random normal with a planted sink: key 0 scores about 6.4 above the rest for every query.
-One threshold for all heads is found by bisection on the gate. "skipped" counts the tiles off the
-diagonal. Times are medians over rounds in which all entries run in a new random order, since the
-card's power state depends on what ran before. Everything a call does is in its time.
+One threshold for all heads is found by bisection on the gate. Or inputs and thresholds are a real
+model's, kept by `benchmarks.quality --inputs`. "skipped" counts the tiles off the diagonal. Times
+are medians over rounds in which all entries run in a new random order, since the card's power state
+depends on what ran before. Everything a call does is in its time.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,27 +45,32 @@ DEVICE_MS = 12.0  # device time that one entry gets in a round, at least one cal
 class Problem:
     """q, k, v [1, H, L, D] over [1, L, H, D] storage, and one causal call on them."""
 
-    def __init__(self, length: int, d: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
-        self.length, self.d, self.heads = length, d, heads
-        q, k, v = (
-            torch.randn(1, length, h, d, device="cuda", dtype=dtype)
-            for h in (heads, kv_heads, kv_heads)
-        )
-        q[..., :8] = 2.0
-        k[:, 0, :, :8] = 4.5 * math.sqrt(d / 128)
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, sink_tiles: int = 1) -> None:
+        _, self.length, self.heads, self.d = q.shape
+        length, d = self.length, self.d
         self.rows = q, k, v
         self.q, self.k, self.v = (x.transpose(1, 2) for x in self.rows)
         self.call = Call(
-            geometry=Geometry(q_len=length, k_len=length, is_causal=True),
+            geometry=Geometry(q_len=length, k_len=length, is_causal=True, sink_tiles=sink_tiles),
             q_start_tensor=None,
             key_padding_mask=None,
             scale=d**-0.5,
             softcap=None,
         )
 
-    def gate(self, threshold: float, rule: str) -> Gate:
+    @classmethod
+    def random(cls, length: int, d: int, heads: int, kv_heads: int, dtype: torch.dtype) -> Problem:
+        q, k, v = (
+            torch.randn(1, length, h, d, device="cuda", dtype=dtype)
+            for h in (heads, kv_heads, kv_heads)
+        )
+        q[..., :8] = 2.0
+        k[:, 0, :, :8] = 4.5 * math.sqrt(d / 128)
+        return cls(q, k, v)
+
+    def gate(self, threshold: float, rule: str, precision: str = "int8") -> Gate:
         t = torch.full((self.heads,), threshold, device="cuda")
-        return Gate(thresholds=t, rule=rule, precision="int8")
+        return Gate(thresholds=t, rule=rule, precision=precision)
 
     def skipped(self, gate: Gate) -> float:
         """Share of the tiles off the diagonal that a gate drops."""
@@ -71,13 +79,13 @@ class Problem:
         tiles = blocks * (blocks - 1) // 2 * (BLOCK_Q // BLOCK_K) * self.heads
         return float(counts[:, 0].sum()) / tiles
 
-    def solve(self, target: float, rule: str) -> Gate:
+    def solve(self, target: float, rule: str, precision: str) -> Gate:
         low, high = (-4.0, 0.0) if rule == "relative" else (-2.0, 6.0)
         for _ in range(14):
             middle = (low + high) / 2
-            above = self.skipped(self.gate(middle, rule)) > target
+            above = self.skipped(self.gate(middle, rule, precision)) > target
             low, high = (low, middle) if above else (middle, high)
-        return self.gate((low + high) / 2, rule)
+        return self.gate((low + high) / 2, rule, precision)
 
     def sdpa(self) -> Tensor:
         """What torch picks, cuDNN first."""
@@ -130,8 +138,18 @@ def timed(entries: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
     return times
 
 
-def bench(problem: Problem, rules: list[str], rounds: int) -> list[dict[str, Any]]:
-    """One table: the dense lines, our dense kernel, then each rule at each skip rate."""
+def at_skip_rates(p: Problem, rule: str, precision: str) -> dict[str, Gate]:
+    """A gate for each skip rate, by name."""
+    label = rule if precision == "int8" else f"{rule} exact"
+    found = {f"{label} 0%": p.gate(-math.inf, rule, precision)}
+    for target in (0.25, 0.5, 0.75, 0.9):
+        found[f"{label} {target:.0%}"] = p.solve(target, rule, precision)
+    found[f"{label} all"] = p.gate(math.inf, rule, precision)
+    return found
+
+
+def bench(problem: Problem, gates: dict[str, Gate], rounds: int) -> list[dict[str, Any]]:
+    """One table: the dense lines, our dense kernel, then each gate, and one's decisions alone."""
     p = problem
     check(p)
     entries: dict[str, Callable[[], Any]] = {"SDPA": p.sdpa}
@@ -139,19 +157,13 @@ def bench(problem: Problem, rules: list[str], rounds: int) -> list[dict[str, Any
         entries |= {"FA3": p.fa3, "FA3 again": p.fa3}
     entries["dense"] = lambda: sm90.attention(p.q, p.k, p.v, p.call, None)
     skips = dict.fromkeys(entries, 0.0)
-
-    def add(name: str, gate: Gate) -> None:
-        skips[name] = p.skipped(gate)
-        entries[name] = lambda: sm90.attention(p.q, p.k, p.v, p.call, gate)
-
-    for rule in rules:
-        add(f"{rule} 0%", p.gate(-math.inf, rule))
-        for target in (0.25, 0.5, 0.75, 0.9):
-            add(f"{rule} {target:.0%}", p.solve(target, rule))
-        add(f"{rule} all", p.gate(math.inf, rule))
-        name, gate = f"{rule} gate alone", p.solve(0.75, rule)
-        skips[name] = p.skipped(gate)
-        entries[name] = functools.partial(sm90.tile_mask, p.q, p.k, p.call, gate)
+    for name, gate in gates.items():
+        skips[name] = skips[f"{name}, gate alone"] = p.skipped(gate)
+        entries[name] = functools.partial(sm90.attention, p.q, p.k, p.v, p.call, gate)
+        if not name.endswith(("0%", "25%", "all")):  # at 75 %, and a model's own
+            entries[f"{name}, gate alone"] = functools.partial(
+                sm90.tile_mask, p.q, p.k, p.call, gate
+            )
     times = timed(entries, rounds)
     base = "FA3" if "FA3" in times else "SDPA"
     line = statistics.median(times[base] + times.get("FA3 again", []))
@@ -173,7 +185,7 @@ def bench(problem: Problem, rules: list[str], rounds: int) -> list[dict[str, Any
         }
         table.append(row)
         print(
-            f"{p.length:7} d{p.d:<4}{name:>22} skipped {skips[name]:5.1%} {median:8.3f} ms "
+            f"{p.length:7} d{p.d:<4}{name:>25} skipped {skips[name]:5.1%} {median:8.3f} ms "
             f"({min(ms):.3f}-{max(ms):.3f}) {work / median / 1e9:6.0f} TFLOP/s "
             f"{line / median:5.2f}x {base}",
             flush=True,
@@ -183,7 +195,7 @@ def bench(problem: Problem, rules: list[str], rounds: int) -> list[dict[str, Any
 
 def host_time(rounds: int = 300) -> float:
     """Microseconds of host time of one sparse call."""
-    p = Problem(256, 128, 8, 2, torch.bfloat16)
+    p = Problem.random(256, 128, 8, 2, torch.bfloat16)
     gate = p.gate(-1.0, "relative")
     for _ in range(10):
         sm90.attention(p.q, p.k, p.v, p.call, gate)
@@ -194,6 +206,33 @@ def host_time(rounds: int = 300) -> float:
     spent = time.perf_counter() - begin
     torch.cuda.synchronize()
     return spent / rounds * 1e6
+
+
+def random_problems(options: argparse.Namespace) -> Iterator[tuple[Problem, dict[str, Gate]]]:
+    """A problem for each length, and its gates by rule, precision and skip rate."""
+    heads, kv_heads = options.heads
+    for length in options.lengths:
+        dtype = getattr(torch, options.dtype)
+        problem = Problem.random(length, options.d, heads, kv_heads, dtype)
+        gates: dict[str, Gate] = {}
+        for rule, precision in itertools.product(options.rules, options.precisions):
+            gates |= at_skip_rates(problem, rule, precision)
+        yield problem, gates
+
+
+def real_problems(path: Path) -> Iterator[tuple[Problem, dict[str, Gate]]]:
+    """Every site that `benchmarks.quality --inputs` kept, and its gate in each precision."""
+    kept = load_file(path, device="cuda")
+    for site in dict.fromkeys(name.rpartition("/")[0] for name in kept):
+        q, k, v = (kept[f"{site}/{part}"].transpose(1, 2).contiguous() for part in "qkv")
+        gates = {
+            f"{site} {precision}": Gate(
+                thresholds=kept[f"{site}/{precision}"], rule="relative", precision=precision
+            )
+            for precision in ("int8", "exact")
+            if f"{site}/{precision}" in kept
+        }
+        yield Problem(q, k, v, int(kept[f"{site}/sink_tiles"])), gates
 
 
 def output_of(*command: str) -> str:
@@ -207,7 +246,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs=2, default=[32, 8], metavar=("Q", "KV"))
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rules", nargs="+", default=["relative"])
+    parser.add_argument("--precisions", nargs="+", default=["int8"], help="int8, exact")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--inputs", type=Path, help="queries, keys, values, thresholds of a model")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -223,11 +264,12 @@ def main() -> None:
         "rows": [],
     }
     print(f"host time of a call {record['host_us']} us")
-    for length in options.lengths:
-        heads, kv_heads = options.heads
-        dtype = getattr(torch, options.dtype)
-        problem = Problem(length, options.d, heads, kv_heads, dtype)
-        record["rows"] += bench(problem, options.rules, options.rounds)
+    if options.inputs is not None:
+        problems = real_problems(options.inputs)
+    else:
+        problems = random_problems(options)
+    for problem, gates in problems:
+        record["rows"] += bench(problem, gates, options.rounds)
         if options.out:
             options.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bsfa_compile.ops.compiler import Variant
 
@@ -61,15 +61,37 @@ def quantise_keys(d: int, *, bf16: bool) -> Built:
     return Built(variant=_variant("quantise", "quantise_keys", defines), threads=threads, smem=0)
 
 
-def gate(d: int, mask: Mask, *, bf16: bool, relative: bool) -> Built:
-    """The int8 gate."""
+def gate(d: int, mask: Mask, *, bf16: bool, relative: bool, exact: bool = False) -> Built:
+    """The int8 gate; exact: it says what int8 leaves undecided."""
+    defines = {"HEAD_DIM": d, "BF16": int(bf16), "RELATIVE": int(relative)}
+    defines |= {**mask.defines(), "SOFTCAP": int(mask.softcap), "EXACT": int(exact)}
+    smem = _ring(2 * _slabs(d) * _BLOCK_Q * 128, slot_keys(d, mask) * row_bytes(d))
+    return Built(variant=_variant("gate", "gate", defines), threads=THREADS, smem=smem)
+
+
+def resolve(d: int, mask: Mask, *, bf16: bool, relative: bool) -> Built:
+    """Decides in 16 bits what the int8 gate left open."""
+    if not relative:  # no edge of the mask cuts such a tile
+        mask = replace(mask, window=False, causal=mask.causal and mask.padded)
     defines = {"HEAD_DIM": d, "BF16": int(bf16), "RELATIVE": int(relative)}
     defines |= {**mask.defines(), "SOFTCAP": int(mask.softcap)}
-    q = 2 * -(-d // _SLAB) * _BLOCK_Q * 128
-    slot = slot_keys(d, mask) * row_bytes(d)
-    slots = min(8, (_SMEM_LIMIT - 1024 - q) // slot)
-    smem = 1024 + q + slots * slot
-    return Built(variant=_variant("gate", "gate", defines), threads=THREADS, smem=smem)
+    q = (2 if d <= 128 else 1) * _slabs(d) * _BLOCK_Q * 128
+    smem = _ring(q, _slabs(d) * 2 * _BLOCK_K * 128)
+    return Built(variant=_variant("resolve", "resolve", defines), threads=THREADS, smem=smem)
+
+
+def exact_sinks(d: int) -> bool:
+    """Whether the relative gate of exact decisions reads the sink tiles in 16 bits."""
+    return d <= 192
+
+
+def _slabs(d: int) -> int:
+    return -(-d // _SLAB)
+
+
+def _ring(q: int, slot: int) -> int:
+    """Shared memory of a gate: q bytes of Q, and slots of K, as many as fit up to 8."""
+    return 1024 + q + min(8, (_SMEM_LIMIT - 1024 - q) // slot) * slot
 
 
 def sum_chunk(k_len: int) -> int:
@@ -112,9 +134,12 @@ def sm90_variants() -> list[Variant]:
         for d in (64, 96, 128, 192, 256):
             found += [sum_keys(d, bf16=bf16), quantise_keys(d, bf16=bf16)]
             for mask in masks:
-                found += [gate(d, mask, bf16=bf16, relative=r) for r in (True, False)]
+                for relative in (True, False):
+                    found += [gate(d, mask, bf16=bf16, relative=relative)]
+                    found += [gate(d, mask, bf16=bf16, relative=relative, exact=True)]
+                    found += [resolve(d, mask, bf16=bf16, relative=relative)]
                 found += [attend(d, d, mask, bf16=bf16, listed=x) for x in (True, False)]
     found += [
         tally(mask, fill=fill) for mask in masks if not mask.softcap for fill in (True, False)
     ]
-    return [built.variant for built in found]
+    return list(dict.fromkeys(built.variant for built in found))

@@ -16,8 +16,10 @@ from bsfa_compile.ops.call import Call, Gate, Result, empty_out
 from bsfa_compile.ops.compiler import KernelUnavailable
 from bsfa_compile.ops.driver import launch, load
 from bsfa_compile.ops.kernels import PADDING
+from bsfa_compile.ops.kernels_sm90 import exact_sinks
 from bsfa_compile.ops.sm90_plan import (
     ARCH,
+    MARKS,
     MOST_KEYS,
     MOST_POSITIONS,
     PADDING_PARAMS,
@@ -65,11 +67,9 @@ def reason(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x is not None and (bad := _unreadable(name, x)) is not None:
             return bad
-    if gate is not None and gate.precision == "exact":
-        return "exact decisions are not built for Hopper's kernels; the portable ones make them"
     try:
         plan = plan_of(q, k, v, call, gate)
-        _ = plan.gate_stages if gate is not None else plan.fill
+        _ = plan.gating if gate is not None else plan.fill
         if v is not None:
             _ = plan.attend_listed if gate is not None else plan.attend_all
     except KernelUnavailable as error:
@@ -94,6 +94,7 @@ def plan_of(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | Non
         sink_tiles=g.sink_tiles,
         scale=call.scale,
         relative=gate is not None and gate.rule == "relative",
+        exact=gate is not None and gate.precision == "exact",
     )
     return plan_for(key)
 
@@ -138,26 +139,34 @@ class _Run:
     def decide(self, gate: Gate) -> tuple[Tensor, Tensor, Tensor]:
         """(tile mask, counts, workspace, whose second int is a zeroed counter)."""
         plan, device = self.plan, self.q.device
-        sum_keys, quantise_keys, gate_stage, tally = plan.gate_stages
         tiles = torch.empty(plan.mask_shape, dtype=torch.int32, device=device)
         counts = torch.empty(plan.counts_shape, dtype=torch.int64, device=device)
         room = torch.empty(plan.room, dtype=torch.uint8, device=device)
-        base = room.data_ptr()
-        k8, meta, mean, sums = (base + offset for offset in plan.offsets)
-        tiles_at, counts_at, at = tiles.data_ptr(), counts.data_ptr(), POINTER.pack(sums)
-
-        keys = POINTER.pack(self.k.data_ptr()) + plan.keys
-        zeros = ZEROS.pack(tiles_at, counts_at, base, *plan.zero_words)
-        sum_keys.run((keys, at, zeros), self.stream, overlap=False)
-        outputs = (POINTER.pack(x) for x in (k8, meta, mean))
-        quantise_keys.run((keys, at, *outputs), self.stream)
+        tiles_at, counts_at, base = tiles.data_ptr(), counts.data_ptr(), room.data_ptr()
+        k8, meta, mean, sums, listed = (base + offset for offset in plan.offsets)
+        undecided = (listed, base + 12, base + MARKS, base + plan.raises)
         thresholds = gate.thresholds.contiguous()
+        thresholds_at = thresholds.data_ptr()
         columns = 1 if thresholds.dim() == 1 else thresholds.shape[1]
-        pointers = (thresholds.data_ptr(), meta, mean, tiles_at, base)
-        params = self.shape + plan.gate_params(pointers, columns)
+        stages, stream, q_map = plan.gating, self.stream, self.map(self.q, BLOCK_Q)
+
+        keys, at = POINTER.pack(self.k.data_ptr()) + plan.keys, POINTER.pack(sums)
+        zeros = ZEROS.pack(tiles_at, counts_at, base, *plan.zero_words)
+        stages.sum_keys.run((keys, at, zeros), stream, overlap=False)
+        outputs = (POINTER.pack(x) for x in (k8, meta, mean))
+        stages.quantise.run((keys, at, *outputs), stream)
         slot, tile = plan.k8_maps(k8)
-        gate_stage.run((self.map(self.q, BLOCK_Q), slot, tile, params), self.stream)
-        tally.run((self.shape, *plan.tally_args(tiles_at, counts_at)), self.stream)
+        if gate.precision == "exact" and gate.rule == "relative" and exact_sinks(plan.d):
+            tile = self.map(self.k, BLOCK_K)
+        pointers = (thresholds_at, meta, mean, tiles_at, *undecided, base)
+        params = self.shape + plan.gate_params(pointers, columns)
+        stages.gate.run((q_map, slot, tile, params), stream)
+        if stages.resolve is not None:
+            rows = tuple(n for x in (self.q, self.k) for n in (x.data_ptr(), *x.stride()[:3]))
+            resolved = (*undecided, thresholds_at, tiles_at, base + 8)
+            params = self.shape + plan.resolve_params(rows, resolved, columns)
+            stages.resolve.run((q_map, self.map(self.k, BLOCK_K), params), stream)
+        stages.tally.run((self.shape, *plan.tally_args(tiles_at, counts_at)), stream)
         return tiles, counts, room
 
     def attend(

@@ -20,6 +20,8 @@ from bsfa_compile.ops.tiles import BLOCK_K, mask_rows, mask_words
 ARCH = "sm_90a"
 MOST_KEYS = 0x7FFF * BLOCK_K  # the step word of attend.cu has 15 bits a tile
 MOST_POSITIONS = 2**29
+MARKS = 256  # where in the workspace lie the masks of what int8 leaves undecided
+_MOST_LISTED = 2**24  # rows of 16 keys that int8 may leave undecided; what is beyond is marked
 # Bytes that CTAs work on at a time. More than the L2 cache holds: all CTAs walk K in step, so what
 # one of them brings the others find.
 _GATE_SHARE, _ATTEND_SHARE = 20 * 2**20, 70 * 2**20
@@ -30,7 +32,8 @@ PADDING_PARAMS = struct.Struct("<3Q2qi4x")  # Params of cuda/sm80/padding.cu
 POINTER, _INT = struct.Struct("<Q"), struct.Struct("<i")
 _KEYS_TAIL = struct.Struct("<3q4i")  # Keys of quantise.cu, after the pointer
 ZEROS = struct.Struct("<3Q3q")  # Zeros of quantise.cu
-_GATE = struct.Struct("<2i5Q5i2f4x")  # Params of gate.cu, after the Shape
+_GATE = struct.Struct("<2i8Qi4xQ5i2f4x")  # Params of gate.cu, after the Shape
+_RESOLVE = struct.Struct("<2iQ3qQ3q4Qi4x3Q4i2f")  # Params of resolve.cu, after the Shape
 _ATTEND = struct.Struct("<2i5Q3i2f4x")  # Params of attend.cu, after the Shape
 
 
@@ -70,6 +73,18 @@ class Key(NamedTuple):
     sink_tiles: int
     scale: float
     relative: bool
+    exact: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gating:
+    """The kernels that decide, in their order."""
+
+    sum_keys: Stage
+    quantise: Stage
+    gate: Stage
+    resolve: Stage | None  # exact decisions
+    tally: Stage
 
 
 class Plan:
@@ -79,6 +94,7 @@ class Plan:
         self.batch, self.heads, q_len, self.d = key.q_shape
         _, self.kv_heads, k_len, _ = key.k_shape
         self.device, self.dv, self.relative = key.device, key.dv, key.relative
+        self.exact = key.exact
         self.mask = built.Mask(
             causal=key.causal, window=key.window >= 0, padded=key.padded, softcap=key.softcap > 0
         )
@@ -97,16 +113,22 @@ class Plan:
         chunk = built.sum_chunk(k_len)
         self.chunks, self.groups = -(-k_len // chunk), -(-k_len // built.GROUP_KEYS)
         self.keys = _KEYS_TAIL.pack(*key.k_strides[:3], self.kv_heads, k_len, chunk, self.chunks)
-        # Workspace: two work counters, then K as int8, its metadata, its mean, the partial sums.
-        sizes = [8, self.kv_total * k_len * self.row]
-        floats = (self.groups * built.GROUP_META, self.row, self.chunks * self.row)
-        sizes += [4 * self.kv_total * n for n in floats]
-        places = [0]
-        for size in sizes:
-            places.append(places[-1] + _aligned(size))
-        self.offsets, self.room = tuple(places[1:5]), places[5]
         mask_size = self.batch * self.heads * self.rows * words
-        self.zero_words = (mask_size, 4 * self.heads, 2)
+        # Workspace: counters (work of gate, attention, resolve; what is listed), at MARKS masks of
+        # what int8 leaves undecided; K as int8, its metadata, its mean, the partial sums; a list of
+        # what int8 leaves undecided.
+        marks = (2 if key.relative else 1) if key.exact else 0
+        zeroed = MARKS // 4 + marks * mask_size
+        floats = (self.groups * built.GROUP_META, self.row, self.chunks * self.row)
+        sizes = [4 * zeroed, self.kv_total * k_len * self.row]
+        sizes += [4 * self.kv_total * n for n in floats]
+        self.listed = min(8 * mask_size, _MOST_LISTED) if marks == 1 else 0
+        places = [0]
+        for size in (*sizes, 8 * self.listed):
+            places.append(places[-1] + _aligned(size))
+        self.offsets, self.room = tuple(places[1:6]), places[6]
+        self.raises = MARKS + 4 * mask_size  # where the second of the masks lies
+        self.zero_words = (mask_size, 4 * self.heads, zeroed)
         per_kv = self.heads // self.kv_heads
         self.pairs = (self.rows * per_kv + 1) // 2 * self.kv_total
         self.items = self.batch * self.heads * self.rows
@@ -130,14 +152,20 @@ class Plan:
         return self._stage(what, min(self.processors, self.items))
 
     @functools.cached_property
-    def gate_stages(self) -> tuple[Stage, Stage, Stage, Stage]:
-        """sum_keys, quantise_keys, gate, tally."""
-        gate = built.gate(self.d, self.mask, bf16=self.bf16, relative=self.relative)
-        return (
-            self._stage(built.sum_keys(self.d, bf16=self.bf16), self.chunks, self.kv_total),
-            self._stage(built.quantise_keys(self.d, bf16=self.bf16), self.groups, self.kv_total),
-            self._stage(gate, min(self.processors, self.pairs)),
-            self._tally(fill=False),
+    def gating(self) -> Gating:
+        """The kernels of the gate."""
+        d, mask, bf16 = self.d, self.mask, self.bf16
+        gate = built.gate(d, mask, bf16=bf16, relative=self.relative, exact=self.exact)
+        resolve = None
+        if self.exact:
+            what = built.resolve(d, mask, bf16=bf16, relative=self.relative)
+            resolve = self._stage(what, min(self.processors, self.items))
+        return Gating(
+            sum_keys=self._stage(built.sum_keys(d, bf16=bf16), self.chunks, self.kv_total),
+            quantise=self._stage(built.quantise_keys(d, bf16=bf16), self.groups, self.kv_total),
+            gate=self._stage(gate, min(self.processors, self.pairs)),
+            resolve=resolve,
+            tally=self._tally(fill=False),
         )
 
     @functools.cached_property
@@ -156,16 +184,38 @@ class Plan:
         return self._attend(listed=False)
 
     def gate_params(self, pointers: tuple[int, ...], columns: int) -> bytes:
-        """pointers: thresholds, metadata, mean, tile mask, counter."""
+        """pointers: thresholds, metadata, mean, tile mask, list, its count, both masks, counter."""
         return _GATE.pack(
             self.kv_total,
             self._width(_GATE_SHARE, self.row),
-            *pointers,
+            *pointers[:-1],
+            self.listed,
+            pointers[-1],
             columns,
             self.groups,
             self.heads,
             self.kv_heads,
             self.pairs,
+            self.scale,
+            self.softcap,
+        )
+
+    def resolve_params(
+        self, rows: tuple[int, ...], pointers: tuple[int, ...], columns: int
+    ) -> bytes:
+        """rows: q's address and strides, k's; pointers: list, its count, both masks, thresholds,
+        tile mask, counter."""
+        return _RESOLVE.pack(
+            self.kv_total,
+            self._width(_GATE_SHARE, 2 * self.d),
+            *rows,
+            *pointers[:4],
+            self.listed,
+            *pointers[4:],
+            columns,
+            self.heads,
+            self.kv_heads,
+            self.items,
             self.scale,
             self.softcap,
         )

@@ -2,22 +2,36 @@
 // keep rule on a block of dot products. Macros of gate.cu.
 #include "base.cuh"
 #include "halves.cuh"
+#include "hide.cuh"
 #include "numeric.cuh"
+#include "scores.cuh"
 #include "spans.cuh"
 
+// The relative gate with resolve.cu behind it knows a row's maximum over the sink tiles in 16 bits,
+// if there are registers for it.
+#define EXACT_SINKS (EXACT && RELATIVE && HEAD_DIM <= 192)
 #define K_STEPS ((HEAD_DIM + 31) / 32)  // int8 wgmma steps along the head dim
-#define HIDDEN (-(1 << 30))             // a dot product that the mask hides
 #define KEY_NORM_FACTOR 1.1547005383792515f  // 4 standard deviations of rounding: 4 / sqrt(12)
-
-struct Scale {
-  float scale, softcap;  // of q.k; softcap only with SOFTCAP
-};
 
 // One query row as a thread sees it; the four lanes of a quad hold the same values.
 struct Row {
   float a, t, m;
+#if EXACT && RELATIVE
+  float high;  // m is at most this
+#endif
+#if EXACT_SINKS
+  float mean, per_unit;  // q.mean(K); what makes a dot product in 16 bits one of these
+#endif
   // Below this the row changes nothing.
   DEVICE float bound() const { return m + (RELATIVE && t > 0.f ? 0.f : t); }
+  // A row without a say.
+  DEVICE void silence() {
+    m = -NEG_INF;
+    t = a = 0.f;
+#if EXACT && RELATIVE
+    high = m;
+#endif
+  }
 #if SOFTCAP
   float unit, shift;  // score = cap tanh((dot + shift) unit / cap), and t, m in natural units
 #endif
@@ -39,6 +53,18 @@ DEVICE float reach_of(const Scale& p, const Row& r, float scale_k, float margin,
 #endif
 }
 
+// What rounding may have taken from the row's score in a tile. The int8 rule: four standard
+// deviations of each of the two errors, added up. EXACT: five of both together, for which
+// max(x, y) + (sqrt(2) - 1) min(x, y) is never too little.
+DEVICE float margin_of(const Row& r, float scale_k, float norm_k) {
+#if EXACT
+  const float of_k = scale_k * r.a;
+  return fmaf(0.51777f, fminf(of_k, norm_k), 1.25f * fmaxf(of_k, norm_k));
+#else
+  return fmaf(scale_k, r.a, norm_k);
+#endif
+}
+
 // This thread's two row maxima over its 16 columns of tile TILE.
 template <int R, int TILE> DEVICE void tile_max(const int (&s)[R], int& a, int& b) {
   a = max(s[TILE * 32], s[TILE * 32 + 1]);
@@ -47,29 +73,6 @@ template <int R, int TILE> DEVICE void tile_max(const int (&s)[R], int& a, int& 
   for (int i = 1; i < 8; i++) {
     a = __vimax3_s32(a, s[TILE * 32 + i * 4], s[TILE * 32 + i * 4 + 1]);
     b = __vimax3_s32(b, s[TILE * 32 + i * 4 + 2], s[TILE * 32 + i * 4 + 3]);
-  }
-}
-
-// Scores that the mask hides become HIDDEN. `position`: of the thread's first row (second: + 8).
-template <int R>
-DEVICE void hide(int (&s)[R], const Shape& shape, int batch, int tile, int position, int lane) {
-  int hi[2], lo[2];
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    hi[r] = key_high_of(shape, position + 8 * r) - tile * BLOCK_K - (lane & 3) * 2;
-    lo[r] = key_low_of(shape, position + 8 * r) - tile * BLOCK_K - (lane & 3) * 2;
-  }
-#pragma unroll
-  for (int t = 0; t < R / 32; t++) {
-    const bool inside = (tile + t) * BLOCK_K < shape.k_len;
-    const u64 keys = PADDED && inside ? pad_bits(shape, batch, tile + t) >> (lane & 3) * 2 : ~0ull;
-#pragma unroll
-    for (int i = 0; i < 32; i++) {
-      const int r = i >> 1 & 1, c = i / 4 * 8 + (i & 1);
-      const bool seen = t * 64 + c < hi[r] && (!WINDOW || t * 64 + c >= lo[r]) &&
-                        (!PADDED || (keys >> c & 1));
-      if (!seen) s[t * 32 + i] = HIDDEN;
-    }
   }
 }
 
@@ -105,7 +108,7 @@ DEVICE void quantise(const Scale& p, u32 q_smem, int row, int lane, const float*
       peak[r] = fmaxf(peak[r], fabsf(x[e]));
       square[r] = fmaf(x[e], x[e], square[r]);
     }
-    if (!RELATIVE || SOFTCAP) {
+    if (!RELATIVE || SOFTCAP || EXACT_SINKS) {
       const float4 mean = __ldg((const float4*)(mean_gmem + i / 4 * 32 + i / 2 % 2 * 16) + pair);
       with_mean[r] += x[0] * mean.x + x[1] * mean.y + x[2] * mean.z + x[3] * mean.w;
     }
@@ -123,6 +126,13 @@ DEVICE void quantise(const Scale& p, u32 q_smem, int row, int lane, const float*
     out[r].a = sqrt_approx(square[r]) * KEY_NORM_FACTOR * inverse[r];
     out[r].m = RELATIVE ? NEG_INF : -quad_sum(with_mean[r]) * inverse[r];
     out[r].t = threshold * reciprocal(unit);
+#if EXACT && RELATIVE
+    out[r].high = NEG_INF;
+#endif
+#if EXACT_SINKS
+    out[r].mean = quad_sum(with_mean[r]);
+    out[r].per_unit = inverse[r];
+#endif
 #if SOFTCAP
     out[r].unit = unit;
     out[r].shift = quad_sum(with_mean[r]) * inverse[r];
@@ -156,12 +166,10 @@ DEVICE void raise(const Scale& p, Row& row, float scale_k, int top) {
   if (top > HIDDEN) row.m = fmaxf(row.m, score_of(p, row, scale_k, top));
 }
 
-// Decides the tiles of one block of 64 rows x TILES tiles in visiting order, the last first.
-// Returns the tiles that pass for this lane's rows. x: the thread's row maxima in each tile; meta:
-// the tiles' scales and norms in shared memory (quantise.cu); all: skip the vote on the whole block.
+// Whether a row of this lane may pass somewhere in a block of 64 rows x TILES tiles. x: the thread's
+// row maxima in each tile; meta: the tiles' scales and norms in shared memory (quantise.cu).
 template <int TILES>
-DEVICE u32 decide(const Scale& p, int (&x)[TILES][2], Row (&row)[2], u32 meta, bool all) {
-  bool some = all || SOFTCAP;
+DEVICE bool may_pass(const Scale& p, const int (&x)[TILES][2], const Row (&row)[2], u32 meta) {
   float reach[2] = {NEG_INF, NEG_INF};
 #pragma unroll
   for (int t = 0; t < TILES; t++) {
@@ -169,13 +177,18 @@ DEVICE u32 decide(const Scale& p, int (&x)[TILES][2], Row (&row)[2], u32 meta, b
     const float norm_k = load_shared_float(meta + 16 + t * 4);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const float margin = fmaf(scale_k, row[r].a, norm_k);
+      const float margin = margin_of(row[r], scale_k, norm_k);
       reach[r] = max_nan(reach[r], reach_of(p, row[r], scale_k, margin, x[t][r]));
     }
   }
-#pragma unroll
-  for (int r = 0; r < 2; r++) some |= !(reach[r] < row[r].bound());
-  if (!__any_sync(FULL_WARP, some)) return 0;
+  return !(reach[0] < row[0].bound()) || !(reach[1] < row[1].bound());
+}
+
+// Decides the tiles of one block in visiting order, the last first. Returns the tiles that pass for
+// this lane's rows. all: skip the vote on the whole block.
+template <int TILES>
+DEVICE u32 decide(const Scale& p, int (&x)[TILES][2], Row (&row)[2], u32 meta, bool all) {
+  if (!__any_sync(FULL_WARP, all || SOFTCAP || may_pass(p, x, row, meta))) return 0;
 #pragma unroll
   for (int lanes = 1; lanes <= 2; lanes++)
 #pragma unroll
@@ -190,7 +203,7 @@ DEVICE u32 decide(const Scale& p, int (&x)[TILES][2], Row (&row)[2], u32 meta, b
     const float norm_k = load_shared_float(meta + 16 + t * 4);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const float margin = fmaf(scale_k, row[r].a, norm_k);
+      const float margin = margin_of(row[r], scale_k, norm_k);
       const float reach = reach_of(p, row[r], scale_k, margin, x[t][r]);
       if (x[t][r] > HIDDEN && !(reach < row[r].m + row[r].t)) bits |= 1u << t;
       if (RELATIVE) raise(p, row[r], scale_k, x[t][r]);

@@ -17,7 +17,7 @@ template <int R> DEVICE void pin(int (&d)[R]) {
 #pragma unroll
   for (int i = 0; i < R; i++) asm volatile("" : "+r"(d[i])::"memory");
 }
-template <int R, int C> DEVICE void pin(int (&d)[R][C]) {
+template <class T, int R, int C> DEVICE void pin(T (&d)[R][C]) {
 #pragma unroll
   for (int i = 0; i < R; i++) pin(d[i]);
 }
@@ -84,6 +84,10 @@ template <bool ACC> DEVICE void wgmma_ss(float (&d)[32], u64 x, u64 y) {
 template <bool ACC> DEVICE void wgmma_ss(float (&d)[64], u64 x, u64 y) {
   if constexpr (ACC) BSFA_SS(64, 128, "%64", "%65", "+f", "1");
   else BSFA_SS(64, 128, "%64", "%65", "=f", "0");
+}
+template <bool ACC> DEVICE void wgmma_ss(float (&d)[128], u64 x, u64 y) {
+  if constexpr (ACC) BSFA_SS(128, 256, "%128", "%129", "+f", "1");
+  else BSFA_SS(128, 256, "%128", "%129", "=f", "0");
 }
 
 // A (16 bits, four registers) from registers, B MN-major from shared memory; always accumulates.

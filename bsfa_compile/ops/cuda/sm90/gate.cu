@@ -12,10 +12,16 @@
 // 64 rows x SLOT_KEYS keys needs one vote of all lanes, and only where some row passes the shuffles
 // and the tile by tile test. (T > 0 is voted on as if it were 0.)
 //
-// Macros: HEAD_DIM, BF16, CAUSAL, WINDOW, PADDED, RELATIVE, SOFTCAP.
+// EXACT: the mask gains what passes for certain, and resolve.cu decides what may pass. The absolute
+// gate lists it row by row, or where there is much of it marks the tile. The relative gate marks
+// tiles, also those that may raise a running maximum; it knows the maximum over the sink tiles in
+// 16 bits.
+//
+// Macros: HEAD_DIM, BF16, CAUSAL, WINDOW, PADDED, RELATIVE, SOFTCAP, EXACT.
 #include "base.cuh"
 #include "spans.cuh"
 #include "gate_rows.cuh"
+#include "gate_sift.cuh"
 #include "mbarrier.cuh"
 #include "tma.cuh"
 #include "warps.cuh"
@@ -62,6 +68,7 @@ struct Params {
   const float* meta_gmem;        // [B*Hkv, groups, GROUP_META] (quantise.cu)
   const float* mean_gmem;        // [B*Hkv, ROW_BYTES]
   u32* mask_gmem;                // [B, H, rows, words], zero on entry
+  Undecided undecided;           // EXACT
   int* counter_gmem;             // zero on entry
   int columns, groups, heads, kv_heads, items;
   Scale scale;
@@ -111,6 +118,21 @@ DEVICE void multiply(int (&s)[R], const u32 (&a)[K_STEPS * 4], u32 k_smem, int k
   }
   wgmma_commit();
 }
+
+#if EXACT_SINKS
+// The same for the keys of one tile in 16 bits.
+DEVICE void multiply_16bit(float (&s)[32], u32 q_smem, u32 k_smem) {
+  wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < (HEAD_DIM + 15) / 16; i++) {
+    const u64 a = k_major<128>(q_smem, i / 4 * (BLOCK_Q * 128) + i % 4 * 32);
+    const u64 b = k_major<128>(k_smem, i / 4 * (BLOCK_K * 128) + i % 4 * 32);
+    if (i == 0) wgmma_ss<false>(s, a, b);
+    else wgmma_ss<true>(s, a, b);
+  }
+  wgmma_commit();
+}
+#endif
 
 // Hands back slots that this warpgroup's unit has no use for.
 DEVICE void skip_slots(u32 smem, int lane, int slots, u32& slot, u32& full) {
@@ -189,13 +211,21 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
       const int tile = sink ? sink_lo + n : (hi - (n - (sink_hi - sink_lo))) * SLOT_TILES;
       const u32 full = smem + K_FULL + 8 * slot, to = smem + K_AT + slot * SLOT_BYTES;
       barrier_wait(smem + K_EMPTY + 8 * slot, empty);
-      barrier_expect(full, (sink ? BLOCK_K * ROW_BYTES : SLOT_BYTES) + META_BYTES);
+      const bool in_16_bits = EXACT_SINKS && sink;
+      barrier_expect(full, (in_16_bits ? UNIT_BYTES / 2 : sink ? BLOCK_K * ROW_BYTES : SLOT_BYTES) +
+                               META_BYTES);
       bulk_load(smem + META + 64 * slot, meta_gmem + tile / GROUP_TILES * GROUP_META, META_BYTES,
                 full);
+      if (in_16_bits) {
+        for (int d = 0; d < Q_SLABS; d++)
+          tma_load(to + d * BLOCK_K * 128, k_tile_map, full, d * 64, tile * BLOCK_K,
+                   place.y % p.kv_heads, place.y / p.kv_heads);
+      } else {
 #pragma unroll
-      for (int d = 0; d < K_SLABS; d++)
-        tma_load(to + d * (sink ? BLOCK_K : SLOT_KEYS) * SLAB_BYTES, sink ? k_tile_map : k_map, full,
-                 d * SLAB_BYTES, tile * BLOCK_K, place.y, 0);
+        for (int d = 0; d < K_SLABS; d++)
+          tma_load(to + d * (sink ? BLOCK_K : SLOT_KEYS) * SLAB_BYTES, sink ? k_tile_map : k_map,
+                   full, d * SLAB_BYTES, tile * BLOCK_K, place.y, 0);
+      }
       if (++slot == SLOTS) slot = 0, empty ^= 1;
     }
   }
@@ -232,6 +262,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   const int which = warpgroup - 1, warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5 & 3, 0);
   const int q_start = start_of(p.shape);
   u32 slot = 0, full = 0;
+  Entries entries = {};
   for (int it = 0, loaded = 0;; it++) {
     barrier_wait(smem + ITEM_FULL + 8 * (it & 1), it >> 1 & 1);
     const u32 record = smem + ITEM + 64 * (it & 1);
@@ -245,11 +276,16 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     unit.threshold = __uint_as_float(field(40 + 12 * which));
     unit.exists = unit.row >= 0;
     barrier_arrive(smem + ITEM_EMPTY + 8 * (it & 1));
-    if (kv < 0) break;
+    if (kv < 0) {
+#if EXACT && !RELATIVE
+      entries.flush(p.undecided, p.shape.words, lane);
+#endif
+      break;
+    }
     unit.span = span_of(p.shape, q_start, unit.row);
     const Span& span = unit.span;
-    u32* mask = p.mask_gmem +
-                (((i64)unit.batch * p.heads + unit.head) * p.shape.rows + unit.row) * p.shape.words;
+    const u32 line = (unit.batch * p.heads + unit.head) * p.shape.rows + unit.row;
+    u32* mask = p.mask_gmem + (i64)line * p.shape.words;
     // Keeps all it sees. The trip count is every warp's: a loop that the compiler takes for divergent
     // would keep slot, descriptors and bounds out of uniform registers, also in the main loop.
     if (unit.exists && unit.threshold == NEG_INF)
@@ -272,17 +308,17 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                  p.mean_gmem + (i64)kv * ROW_BYTES, a[f], row[f], unit.threshold);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-          const int position = span.low + f * 64 + row0 + r * 8;
-          bool votes = position >= span.first && position <= span.last;
-          if (PADDED && CAUSAL && votes && position < p.shape.k_len)
-            votes = pad_bits(p.shape, unit.batch, position / 64) >> position % 64 & 1;
           // m = +inf loses every comparison; as does a finite t then.
-          if (!votes) row[f][r].m = __int_as_float(0x7f800000), row[f][r].t = row[f][r].a = 0.f;
+          if (!votes(p.shape, span, unit.batch, span.low + f * 64 + row0 + r * 8))
+            row[f][r].silence();
         }
       }
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(smem + Q_EMPTY);
+    auto release_q = [&]() {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(smem + Q_EMPTY);
+    };
+    if (!EXACT_SINKS) release_q();
 
     const int2 bounds = bounds_of(p.shape, unit.batch);
     const int top = (span.tile_hi - 1) / SLOT_TILES, bottom = span.tile_lo / SLOT_TILES;
@@ -292,20 +328,34 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       const u32 k_smem = smem + K_AT + slot * SLOT_BYTES, meta = smem + META + 64 * slot;
       barrier_wait(smem + K_FULL + 8 * slot, full);
       if (RELATIVE && !idle) {
-        const float scale_k = load_shared_float(meta + (sink_lo + n) % GROUP_TILES * 4);
+        const u32 scales = meta + (sink_lo + n) % GROUP_TILES * 4;
+        const float scale_k = load_shared_float(scales), norm_k = load_shared_float(scales + 16);
 #pragma unroll
         for (int f = 0; f < 2; f++) {
+#if EXACT_SINKS
+          float s[32], x[2];
+          multiply_16bit(s, smem + Q_AT + which * UNIT_BYTES + f * 64 * 128, k_smem);
+#else
           int s[32], x[2];
           multiply(s, a[f], k_smem, BLOCK_K);
+#endif
           wgmma_wait<0>();
           pin(s);
           hide(s, p.shape, unit.batch, sink_lo + n, span.low + f * 64 + row0, lane);
           tile_max<32, 0>(s, x[0], x[1]);
 #pragma unroll
           for (int r = 0; r < 2; r++) {
+#if EXACT_SINKS
+            raise_exactly(p.scale, row[f][r], quad_max(x[r]));
+#else
             x[r] = max(x[r], __shfl_xor_sync(FULL_WARP, x[r], 1));
             x[r] = max(x[r], __shfl_xor_sync(FULL_WARP, x[r], 2));
+#if EXACT && RELATIVE
+            raise_within(p.scale, row[f][r], scale_k, norm_k, x[r]);
+#else
             raise(p.scale, row[f][r], scale_k, x[r]);
+#endif
+#endif
           }
         }
       }
@@ -313,24 +363,56 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       if (lane == 0) barrier_arrive(smem + K_EMPTY + 8 * slot);
       if (++slot == SLOTS) slot = 0, full ^= 1;
     }
+    if (EXACT_SINKS) release_q();
     const int first = idle ? lo - 1 : top, last = idle ? lo : bottom;
     skip_slots(smem, lane, hi - first, slot, full);
     // A product's maxima are judged while the next product is under way.
     int x[SLOT_TILES][2];
     Judged judged = {};
-    u32 word = 0;
+    u32 word = 0, certain = 0, raising = 0;
+    auto judge = [&](int f, int tile, u32 meta, bool edge) {
+#if EXACT && RELATIVE
+      return sift(p.scale, x, row[f], meta, edge);
+#elif EXACT
+      const u32 place = tile << TILE_SHIFT | f << 8 | warp << 6;
+      return sift(p.scale, x, row[f], meta, edge, lane, line, place, entries);
+#else
+      return decide(p.scale, x, row[f], meta, edge);
+#endif
+    };
     auto finish = [&]() {
-      judged.bits |= decide(p.scale, x, row[1], judged.meta, judged.edge);
+      judged.bits |= judge(1, judged.tile, judged.meta, judged.edge);
+#if EXACT && !RELATIVE
+      if (__any_sync(FULL_WARP, entries.count > 32 - 2 * SLOT_TILES))
+        entries.flush(p.undecided, p.shape.words, lane);
+#endif
       __syncwarp();
       if (lane == 0) barrier_arrive(judged.empty);
     };
     auto write = [&]() {
+#if EXACT
+      certain |= judged.bits >> CERTAIN << judged.tile % 32;
+      raising |= (judged.bits >> RAISE & (1u << SLOT_TILES) - 1) << judged.tile % 32;
+      judged.bits &= (1u << SLOT_TILES) - 1;
+#endif
       word |= judged.bits << judged.tile % 32;
       if (judged.tile % 32 && judged.tile / SLOT_TILES != last) return;
       const int j = judged.tile / 32 * 32 + lane;
       const bool seen = visible(p.shape, span, unit.batch, j);
       const u32 visibles = __ballot_sync(FULL_WARP, seen);
       const u32 always = __ballot_sync(FULL_WARP, seen && always_kept(p.shape, span, bounds, j));
+#if EXACT
+      const i64 at = (i64)line * p.shape.words + judged.tile / 32;
+      certain = __reduce_or_sync(FULL_WARP, certain);
+      word = __reduce_or_sync(FULL_WARP, word) & ~certain;
+      if (lane == 0 && word) atomicOr(p.undecided.open_gmem + at, word);
+      if (RELATIVE) {
+        raising = __reduce_or_sync(FULL_WARP, raising);
+        if (lane == 0 && raising) atomicOr(p.undecided.raise_gmem + at, raising);
+      }
+      word = certain;
+      certain = raising = 0;
+#endif
       word = (__reduce_or_sync(FULL_WARP, word) & visibles) | always;
       if (lane == 0 && word) atomicOr(mask + judged.tile / 32, word);
       word = 0;
@@ -366,7 +448,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       if (group < first) write();
       multiply(s, a[1], k_smem, SLOT_KEYS);
       pin(x);
-      judged.bits = decide(p.scale, x, row[0], meta, edge);
+      judged.bits = judge(0, tile, meta, edge);
       judged.tile = tile;
       judged.meta = meta;
       judged.empty = empty;
