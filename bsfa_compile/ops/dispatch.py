@@ -2,7 +2,8 @@
 
 On the CPU the choice is made per kv head from a sample: the gate judges one q block, about two
 thirds down the sequence, and heads that skip too few of its tiles run dense. On CUDA the values of
-thresholds cannot be read without waiting for the device, so shapes alone decide.
+thresholds cannot be read without waiting for the device, so shapes alone decide. The limits are
+each device's own: see `crossover`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from bsfa_compile.ops import chunked, chunked_backward, cpu, dense, launch
+from bsfa_compile.ops import chunked, chunked_backward, cpu, crossover, dense, launch
 from bsfa_compile.ops.call import Call, Gate, Result, empty_out, lse_dtype
-
-# Measured by benchmarks/cpu.py: shorter calls, and heads that skip less, are faster dense.
-CPU_TOKENS = 2048
-CPU_SKIPPED = 0.65  # of all visible tiles
-CUDA_TOKENS = 2048
 
 
 def attention(
@@ -34,8 +30,9 @@ def attention(
         if dense_if_faster and can_be_dense:
             return _cpu_by_sample(q, k, v, call, gate)
         return _sparse(q, k, v, call, gate)
-    if launch.supported(q, k, v, call, gate) is None:
-        return launch.attention(q, k, v, call, gate, dense_if_faster=dense_if_faster)
+    family, _ = launch.find(q, k, v, call, gate)
+    if family is not None:
+        return launch.attention(family, q, k, v, call, gate)
     if dense_if_faster and can_be_dense:  # chunks of torch operations are slower
         return dense.attention(q, k, v, call)
     return chunked.attention(q, k, v, call, gate=gate)
@@ -46,16 +43,19 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call, *, can_be_dense: bool) -
     need a mask in memory or a pass of their own for the sinks; torch's take less time to start."""
     g = call.geometry
     masked = not (call.key_padding_mask is None and g.window is None and call.sinks is None)
-    own = q.device.type == "cuda" and (masked or not can_be_dense or q.shape[2] >= CUDA_TOKENS)
-    if own and launch.supported(q, k, v, call, None) is None:
-        return launch.attention(q, k, v, call, None)
+    long = q.shape[2] >= crossover.of(q.device).tokens
+    own = q.device.type == "cuda" and (masked or not can_be_dense or long)
+    family = launch.find(q, k, v, call, None)[0] if own else None
+    if family is not None:
+        return launch.attention(family, q, k, v, call, None)
     return dense.attention(q, k, v, call) if can_be_dense else _sparse(q, k, v, call, None)
 
 
 def tile_mask(q: Tensor, k: Tensor, call: Call, gate: Gate) -> tuple[Tensor, Tensor]:
     """The decision alone: (packed tile mask, counts)."""
-    if q.device.type == "cuda" and launch.supported(q, k, None, call, gate) is None:
-        return launch.tile_mask(q, k, call, gate)
+    family, _ = launch.find(q, k, None, call, gate)
+    if family is not None:
+        return launch.tile_mask(family, q, k, call, gate)
     result = _sparse(q, k, None, call, gate)
     return result.tile_mask, result.counts
 
@@ -64,8 +64,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call) -> tuple[
     """Attention over the tiles of a packed tile mask: (out, lse)."""
     if q.device.type == "cpu":
         return cpu.attend(q, k, v, call, tiles)
-    if launch.supported(q, k, v, call, None) is None:
-        return launch.attend(q, k, v, tiles, call)
+    family, _ = launch.find(q, k, v, call, None)
+    if family is not None:
+        return launch.attend(family, q, k, v, tiles, call)
     result = chunked.attention(q, k, v, call, tile_mask=tiles)
     return result.out, result.lse
 
@@ -94,7 +95,7 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | Non
 
 def _dense_by_shape(q: Tensor, k: Tensor, gate: Gate) -> bool:
     """Whether dense is faster whatever the scores are; reads thresholds on the CPU only."""
-    least = CPU_TOKENS if q.device.type == "cpu" else CUDA_TOKENS
+    least = crossover.of(q.device).tokens
     if q.shape[2] < least or k.shape[2] < least:
         return True
     return q.device.type == "cpu" and bool((gate.thresholds == -torch.inf).all())
@@ -104,9 +105,10 @@ def _cpu_by_sample(q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate) -> R
     """Each kv head's queries sparse or dense, as the sample says."""
     groups = q.shape[1] // k.shape[1]
     skipped = _sampled_skip(q, k, call, gate).view(-1, groups).mean(dim=1)
+    enough = (skipped >= crossover.of(q.device).skipped).tolist()
     runs = [
         (sparse, [kv for kv, _ in run])
-        for sparse, run in groupby(enumerate((skipped >= CPU_SKIPPED).tolist()), lambda x: x[1])
+        for sparse, run in groupby(enumerate(enough), lambda x: x[1])
     ]
     if len(runs) == 1:
         return _sparse(q, k, v, call, gate) if runs[0][0] else dense.attention(q, k, v, call)

@@ -47,51 +47,44 @@ def _on(q: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(q.device)
 
 
-def supported(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None) -> str | None:
-    """Why no kernel can do this call; None if one can. v None: the decision alone.
+def find(
+    q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None
+) -> tuple[ModuleType | None, str]:
+    """The family of kernels that does this call, or None and why none can.
 
-    Builds the kernel if it has to: a kernel that cannot be built is a reason too.
+    v None: the decision alone. Builds the kernel if it has to: a kernel that cannot be built is a
+    reason too.
     """
     if q.device.type != "cuda":
-        return f"q is on {q.device}; the kernels run on CUDA"
+        return None, f"q is on {q.device}; the kernels run on CUDA"
     if torch.version.hip is not None:
-        return "the kernels are CUDA; this torch is built for ROCm"
+        return None, "the kernels are CUDA; this torch is built for ROCm"
     with _on(q):
-        family, reasons = _choose(q, k, v, call, gate)
-    return reasons if family is None else None
-
-
-def _family(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None) -> ModuleType:
-    families = _families(q.device.index)
-    if len(families) == 1:  # `supported` said yes
-        return families[0]
-    family, reasons = _choose(q, k, v, call, gate)
-    if family is None:
-        raise RuntimeError(f"no kernel for this call: {reasons}")
-    return family
+        return _choose(q, k, v, call, gate)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate | None, *, dense_if_faster: bool = False
+    family: ModuleType, q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate | None
 ) -> Result:
-    """Attention over the tiles that the gate keeps (all without a gate). `supported` said yes.
-
-    dense_if_faster: a permission that no kernel here needs.
-    """
+    """Attention over the tiles that the gate keeps (all without a gate), by a family found."""
     with _on(q):
-        result: Result = _family(q, k, v, call, gate).attention(q, k, v, call, gate)
+        result: Result = family.attention(q, k, v, call, gate)
     return result
 
 
-def tile_mask(q: Tensor, k: Tensor, call: Call, gate: Gate) -> tuple[Tensor, Tensor]:
+def tile_mask(
+    family: ModuleType, q: Tensor, k: Tensor, call: Call, gate: Gate
+) -> tuple[Tensor, Tensor]:
     """The decision alone: (packed tile mask, counts)."""
     with _on(q):
-        found: tuple[Tensor, Tensor] = _family(q, k, None, call, gate).tile_mask(q, k, call, gate)
+        found: tuple[Tensor, Tensor] = family.tile_mask(q, k, call, gate)
     return found
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def attend(
+    family: ModuleType, q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call
+) -> tuple[Tensor, Tensor]:
     """Attention over the tiles of a packed tile mask: (out, lse)."""
     with _on(q):
-        found: tuple[Tensor, Tensor] = _family(q, k, v, call, None).attend(q, k, v, tiles, call)
+        found: tuple[Tensor, Tensor] = family.attend(q, k, v, tiles, call)
     return found

@@ -28,7 +28,7 @@ def tensor(d: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def test_the_cpu_is_a_reason() -> None:
-    reason = launch.supported(tensor(), tensor(), tensor(), CALL, None)
+    _, reason = launch.find(tensor(), tensor(), tensor(), CALL, None)
     assert reason == "q is on cpu; the kernels run on CUDA"
 
 

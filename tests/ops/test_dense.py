@@ -12,9 +12,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from bsfa_compile.ops import cpu, dense, dispatch
+from bsfa_compile.ops import cpu, crossover, dense
+from bsfa_compile.ops.crossover import Crossover
 from bsfa_compile.ops.tiles import Geometry, unpack
 from tests.ops.cases import Case, assert_close, cases
+
+ALWAYS = Crossover(tokens=0, skipped=0.65)  # no call is too short
 
 
 @given(cases(), st.sampled_from([1, 7, 256]), st.booleans())
@@ -67,7 +70,7 @@ def test_dense_if_faster_computes_a_superset_of_the_rule(case: Case, share: floa
     assume(thresholds is not None)
     by_rule = case.run(q, k, v, thresholds)
     assert int(by_rule[3][:, 0].sum()) > 0
-    with mock.patch.object(dispatch, "CPU_TOKENS", 0):
+    with mock.patch.object(crossover, "of", lambda _: ALWAYS):
         out, lse, kept, counts = case.run(q, k, v, thresholds, dense_if_faster=True)
     assert not (by_rule[2] & ~kept).any()
     wanted, wanted_lse = case.attend(q, k, v, kept)
@@ -87,7 +90,7 @@ def test_kv_heads_that_skip_little_run_dense_and_the_others_sparse(skips: list[f
     assert few is not None and most is not None
     thresholds = torch.where(torch.tensor(skips).repeat_interleave(2) > 0.5, most, few)
     by_rule = case.run(q, k, v, thresholds)
-    with mock.patch.object(dispatch, "CPU_TOKENS", 0):
+    with mock.patch.object(crossover, "of", lambda _: ALWAYS):
         out, lse, kept, counts = case.run(q, k, v, thresholds, dense_if_faster=True)
     for kv, share in enumerate(skips):
         heads = slice(2 * kv, 2 * kv + 2)
