@@ -80,9 +80,9 @@ def resolve(d: int, mask: Mask, *, bf16: bool, relative: bool) -> Built:
     return Built(variant=_variant("resolve", "resolve", defines), threads=THREADS, smem=smem)
 
 
-def exact_sinks(d: int) -> bool:
+def exact_sinks(d: int, mask: Mask) -> bool:
     """Whether the relative gate of exact decisions reads the sink tiles in 16 bits."""
-    return d <= 192
+    return d <= (128 if mask.softcap else 192)
 
 
 def _slabs(d: int) -> int:

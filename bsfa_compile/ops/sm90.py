@@ -156,7 +156,7 @@ class _Run:
         outputs = (POINTER.pack(x) for x in (k8, meta, mean))
         stages.quantise.run((keys, at, *outputs), stream)
         slot, tile = plan.k8_maps(k8)
-        if gate.precision == "exact" and gate.rule == "relative" and exact_sinks(plan.d):
+        if gate.precision == "exact" and gate.rule == "relative" and exact_sinks(plan.d, plan.mask):
             tile = self.map(self.k, BLOCK_K)
         pointers = (thresholds_at, meta, mean, tiles_at, *undecided, base)
         params = self.shape + plan.gate_params(pointers, columns)

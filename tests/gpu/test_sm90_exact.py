@@ -38,6 +38,7 @@ RELATIVE = [
     Case(sinks=0, threshold=0.2, q_len=2200, kv_heads=1),
     Case(causal=False, threshold=-0.1, q_len=300, k_len=777),
     Case(softcap=20.0, threshold=0.0, q_len=700),
+    Case(softcap=20.0, threshold=0.0, q_len=1100, d=192, kv_heads=1),
     Case(padding=-70, batch=2, q_len=700),
 ]
 # Thresholds amid the tiles' maxima, so that int8 leaves some of them open.

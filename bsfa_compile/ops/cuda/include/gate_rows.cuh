@@ -9,7 +9,7 @@
 
 // The relative gate with resolve.cu behind it knows a row's maximum over the sink tiles in 16 bits,
 // if there are registers for it.
-#define EXACT_SINKS (EXACT && RELATIVE && HEAD_DIM <= 192)
+#define EXACT_SINKS (EXACT && RELATIVE && HEAD_DIM <= (SOFTCAP ? 128 : 192))
 #define K_STEPS ((HEAD_DIM + 31) / 32)  // int8 wgmma steps along the head dim
 #define KEY_NORM_FACTOR 1.1547005383792515f  // 4 standard deviations of rounding: 4 / sqrt(12)
 

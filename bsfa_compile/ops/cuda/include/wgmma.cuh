@@ -85,10 +85,6 @@ template <bool ACC> DEVICE void wgmma_ss(float (&d)[64], u64 x, u64 y) {
   if constexpr (ACC) BSFA_SS(64, 128, "%64", "%65", "+f", "1");
   else BSFA_SS(64, 128, "%64", "%65", "=f", "0");
 }
-template <bool ACC> DEVICE void wgmma_ss(float (&d)[128], u64 x, u64 y) {
-  if constexpr (ACC) BSFA_SS(128, 256, "%128", "%129", "+f", "1");
-  else BSFA_SS(128, 256, "%128", "%129", "=f", "0");
-}
 
 // A (16 bits, four registers) from registers, B MN-major from shared memory; always accumulates.
 #define BSFA_RS(R, N, a0, a1, a2, a3, b)                                                       \
