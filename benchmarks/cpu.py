@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import time
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 
 from bsfa_compile.ops import gate as gating
 from bsfa_compile.ops.attention import block_sparse_attention
+from bsfa_compile.ops.crossover import device_name
 from bsfa_compile.ops.library import attention
 from bsfa_compile.ops.tiles import Geometry, unpack
 
@@ -155,16 +155,6 @@ def measure(args: argparse.Namespace, tokens: int, dtype: torch.dtype) -> list[L
     return lines
 
 
-def cpu_name() -> str:
-    """The processor as the system names it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    names = [row.split(":", 1)[1].strip() for row in text.splitlines() if "model name" in row]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     """Measure, print a table, write benchmarks/results/cpu_<date>.json."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -196,7 +186,7 @@ def main() -> None:
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     record = {
-        "cpu": cpu_name(),
+        "cpu": device_name(torch.device("cpu")),
         "threads": args.threads,
         "torch": torch.__version__,
         "commit": commit,

@@ -2,22 +2,25 @@
 
     python -m benchmarks.gates --lengths 2048,8192 --documents 4
 
-Rules: the paper's (absolute maxima, an equal count kept in every head and query block), the same
-with the sink tile kept, relative maxima by equal count, relative maxima by equal lost mass (the
-default; thresholds at most 0), one threshold for all heads (as in BLASST), int8 instead
-of exact decisions, and none or two sink tiles. One calibration for each number of sink tiles, on
-texts of their own, gives the thresholds of all rules. Each is solved to drop the same number of
-tiles of the calibration data; what it drops and loses is then measured on held-out prose and code
-with facts hidden in them that are asked for at the end. Shares are of the tiles that no mask edge
-cuts, sink tiles counted, so that equal shares are equally many tiles whatever the sink. Intervals
-are the bootstrap's over documents. Writes JSON, Markdown and a plot for each length.
+Rules (rules.py): the paper's (absolute maxima, an equal count kept in every head and query block),
+the same with the sink tile kept, relative maxima by equal count, relative maxima by equal lost mass
+(the default; thresholds at most 0), one threshold for all heads (as in BLASST), int8 instead of
+exact decisions, none or two sink tiles, other tile shapes, lost mass spread by what it costs in
+each site (as for a Quality), and an oracle that knows every tile's softmax mass (oracle.py).
+Thresholds come from texts of their own, one calibration for each number of sink tiles and tile
+shape, and are solved to drop the same share of the calibration data; what they drop and lose is
+then measured on held-out prose and code with facts hidden in them that are asked for at the end.
+Shares are of the tiles that no mask edge cuts, sink tiles counted, so that equal shares are equally
+many tiles whatever the sink. Intervals are the bootstrap's over documents. Writes JSON after every
+measurement, Markdown and a plot after every length. The model runs without torch.compile.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,7 +28,8 @@ import torch
 from rich.console import Console
 
 import bsfa_compile as bsfa
-from bsfa_compile.calibrate.statistics import EDGES, ZERO_EDGE
+from benchmarks.oracle import attending
+from benchmarks.rules import COST, NAMES, ORACLE, RULES, Rule, Setting, by_cost, candidates
 from bsfa_compile.evaluate import corpora
 from bsfa_compile.evaluate.intervals import METHODS
 from bsfa_compile.evaluate.judge import Judge, facts_found, losses, tiles, use
@@ -36,18 +40,7 @@ from bsfa_compile.evaluate.plot import Line, draw
 from bsfa_compile.evaluate.run import Settings, device_name, pieces, sample, versions
 from bsfa_compile.evaluate.tables import interval, table
 from bsfa_compile.ops.compiler import cache_dir
-
-Solve = Callable[[bsfa.Calibration, float], bsfa.Thresholds]  # for so many tiles dropped
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """A rule and how its thresholds are found."""
-
-    name: str
-    sink_tiles: int
-    solve: Solve
-    precision: str = "exact"
+from bsfa_compile.ops.tiles import BLOCK_K
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,125 +57,77 @@ class Measured:
     dense_found: float
 
 
-def candidates(calibration: bsfa.Calibration) -> int:
-    """Candidate tiles of the calibration data over all sites and heads."""
-    return sum(site.candidates * site.heads for site in calibration.sites.values())
-
-
-def by_count(gate: str) -> Solve:
-    """The k whose thresholds are predicted to drop nearest to the tiles wanted."""
-
-    def solve(calibration: bsfa.Calibration, wanted: float) -> bsfa.Thresholds:
-        total = candidates(calibration)
-        sites = calibration.sites.values()
-        most = max(1, *(min(site.max_k, site.mid_sums.shape[3]) for site in sites))
-
-        def made(k: int) -> bsfa.Thresholds:
-            return calibration.thresholds(bsfa.TopK(k), gate)
-
-        def dropped(k: int) -> float:
-            return (made(k).dropped or 0.0) * total
-
-        low, high = 1, most
-        while high - low > 1:
-            k = (low + high) // 2
-            low, high = (k, high) if dropped(k) > wanted else (low, k)
-        return made(min(low, high, key=lambda k: abs(dropped(k) - wanted)))
-
-    return solve
-
-
-def by_mass(calibration: bsfa.Calibration, wanted: float) -> bsfa.Thresholds:
-    """Equal lost mass in every head."""
-    share = min(wanted / max(candidates(calibration), 1), 1.0)
-    return calibration.thresholds(bsfa.Sparsity(share), "relative")
-
-
-def one_for_all(calibration: bsfa.Calibration, wanted: float) -> bsfa.Thresholds:
-    """The same threshold for every head, ln(lambda), at most 0."""
-    some = calibration.thresholds(bsfa.Budget(0.0), "relative")
-
-    def made(edge: int) -> bsfa.Thresholds:
-        values = {name: torch.full_like(v, float(EDGES[edge])) for name, v in some.values.items()}
-        return replace(some, values=values, target=f"ln(lambda) = {float(EDGES[edge]):.3f}")
-
-    def dropped(edge: int) -> float:
-        predicted = calibration.predict(made(edge))
-        return sum(
-            float(predicted[name].dropped.sum()) * site.candidates
-            for name, site in calibration.sites.items()
-        )
-
-    low, high = 0, ZERO_EDGE
-    while high - low > 1:
-        edge = (low + high) // 2
-        low, high = (edge, high) if dropped(edge) < wanted else (low, edge)
-    return made(min(low, high, key=lambda edge: abs(dropped(edge) - wanted)))
-
-
-RULES = (
-    Rule(name="paper", sink_tiles=0, solve=by_count("absolute")),
-    Rule(name="paper + sink", sink_tiles=1, solve=by_count("absolute")),
-    Rule(name="relative by count", sink_tiles=1, solve=by_count("relative")),
-    Rule(name="relative by mass", sink_tiles=1, solve=by_mass),
-    Rule(name="one lambda", sink_tiles=1, solve=one_for_all),
-    Rule(name="by mass, int8", sink_tiles=1, solve=by_mass, precision="int8"),
-    Rule(name="by mass, no sink", sink_tiles=0, solve=by_mass),
-    Rule(name="by mass, two sinks", sink_tiles=2, solve=by_mass),
-)
-
-
 def compare_rules(
     loaded: LoadedModel,
     settings: Settings,
     length: int,
     asked: Sequence[float],
-    facts: int,
+    given: argparse.Namespace,
     console: Console,
-) -> list[Measured]:
+) -> Iterator[Measured]:
     """Every rule at every share, at one length; starts from the untouched model."""
-    data = pieces(loaded, settings, corpora.CALIBRATION, length, count=2)
-    calibrations = {}
-    for sinks in sorted({rule.sink_tiles for rule in RULES}):
-        console.print(f"{length} tokens: calibrate, {sinks} sink tiles, {len(data)} documents")
-        calibrations[sinks] = bsfa.calibrate(
-            loaded.model, [sample(d.input_ids) for d in data], sink_tiles=sinks, progress=False
-        )
+    count = given.calibration_documents
+    data = [
+        sample(piece.input_ids)
+        for piece in pieces(loaded, settings, corpora.CALIBRATION, length, count=count)
+    ]
     documents = pieces(
-        loaded, settings, corpora.EVALUATION, length, count=settings.documents, facts=facts
+        loaded, settings, corpora.EVALUATION, length, count=settings.documents, facts=given.facts
     )
-    console.print(f"{length} tokens: dense, {len(documents)} documents")
+    console.print(f"{length} tokens: dense, {len(documents)} documents, {len(data)} to calibrate")
     judge = Judge(loaded, documents, (), settings.scored)
-    found, whole = list[Measured](), 0
-    for rule in sorted(RULES, key=lambda rule: rule.sink_tiles):
-        calibration = calibrations[rule.sink_tiles]
-        for share in asked:
-            wanted = share * candidates(calibrations[0])
-            thresholds = replace(rule.solve(calibration, wanted), precision=rule.precision)
-            use(loaded.model, thresholds, settings.inner)
-            judged = judge.documents()
-            dropped, seen = tiles(loaded.model)
-            whole = whole or seen  # the first rule has no sink tile: all uncut tiles
-            found.append(
-                Measured(
-                    rule=rule.name,
-                    target=thresholds.target,
-                    length=length,
-                    asked=share,
-                    dropped=dropped / max(whole, 1),
-                    losses=losses(judged),
-                    found=facts_found(judged),
-                    dense_found=judge.dense_found,
-                )
+    calibrations: dict[Setting, bsfa.Calibration] = {}
+
+    def calibrated(setting: Setting) -> bsfa.Calibration:
+        if setting not in calibrations:
+            calibrations[setting] = bsfa.calibrate(
+                loaded.model,
+                data,
+                **asdict(setting),
+                max_k=max(128, length // BLOCK_K),  # so that counts reach every share
+                progress=False,
             )
-            loss = found[-1].losses[0]
-            console.print(
-                f"  {rule.name}: {found[-1].dropped:.3f} dropped, KL {loss.kl.mean:.5f}",
-                highlight=False,
-            )
+        return calibrations[setting]
+
+    def measured(rule: str, target: str, share: float, dropped: Callable[[], float]) -> Measured:
+        judged = judge.documents()
+        found = Measured(
+            rule=rule,
+            target=target,
+            length=length,
+            asked=share,
+            dropped=dropped() / (uncut / len(data) * len(documents)),
+            losses=losses(judged),
+            found=facts_found(judged),
+            dense_found=judge.dense_found,
+        )
+        loss = found.losses[0]
+        console.print(
+            f"  {rule}: {found.dropped:.3f} dropped, KL {loss.kl.mean:.5f}, "
+            f"change of NLL {loss.delta_nll.mean:+.5f}",
+            highlight=False,
+        )
+        return found
+
+    probe = {"input_ids": data[0]["input_ids"]}
+    solve = by_cost(loaded.model, probe, settings.scored)
+    by_price = Rule(name=COST, solve=solve, setting=Setting().bare)
+    for rule in (*RULES, by_price):
+        if rule.name in given.rules:
+            uncut = candidates(calibrated(rule.setting.bare))
+            for share in asked:
+                thresholds = rule.solve(calibrated(rule.setting), share * uncut)
+                thresholds = replace(thresholds, precision=rule.precision)
+                use(loaded.model, thresholds, settings.inner)
+                yield measured(rule.name, thresholds.target, share, lambda: tiles(loaded.model)[0])
     bsfa.revert(loaded.model)
-    order = [rule.name for rule in RULES]
-    return sorted(found, key=lambda one: (order.index(one.rule), one.asked))
+    if ORACLE in given.rules:
+        uncut = candidates(calibrated(Setting().bare))
+        watch = [functools.partial(loaded.model, **call) for call in data]
+        with attending(loaded.model, watch) as oracle:
+            for share in asked:
+                oracle.solve(share * uncut)
+                yield measured(ORACLE, "", share, lambda: float(oracle.dropped))
 
 
 def report(found: Sequence[Measured]) -> str:
@@ -223,8 +168,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--model", help="qwen, gemma, a folder or a hub name")
     parser.add_argument("--lengths", default="2048,8192")
+    parser.add_argument("--rules", nargs="+", default=list(NAMES), choices=NAMES, metavar="RULE")
     parser.add_argument("--dropped", default="0.3,0.5,0.7,0.85", help="shares of tiles asked for")
     parser.add_argument("--documents", type=int, default=4, help="of each genre")
+    parser.add_argument("--calibration-documents", type=int, default=2, help="of each genre")
+    parser.add_argument("--text", type=Path, nargs="*", default=(), help="to judge on")
+    parser.add_argument("--calibration-text", type=Path, nargs="*", default=())
     parser.add_argument("--facts", type=int, default=4, help="hidden in each document")
     parser.add_argument("--scored", type=int, default=512)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -236,25 +185,30 @@ def main() -> None:
         lengths=tuple(int(length) for length in given.lengths.split(",")),
         documents=given.documents,
         scored=given.scored,
+        text=tuple(given.text),
+        calibration_text=tuple(given.calibration_text),
         device=torch.device(given.device),
     )
     loaded = load(settings.model, cache_dir() / "models", settings.device)
+    loaded.model.set_attn_implementation("bsfa")
     asked = [float(share) for share in given.dropped.split(",")]
     given.out.mkdir(parents=True, exist_ok=True)
     device, found, parts = device_name(settings.device), list[Measured](), list[str]()
     for length in settings.lengths:
+        mine = []
         with torch.no_grad(), float32_head(loaded.model):
-            mine = compare_rules(loaded, settings, length, asked, given.facts, console)
-        found += mine
+            for one in compare_rules(loaded, settings, length, asked, given, console):
+                mine.append(one)
+                found.append(one)
+                # A run that is cut short has not been for nothing.
+                plain = {"model": loaded.title, "device": device, "versions": versions(),
+                         "measured": [asdict(each) for each in found]}  # fmt: skip
+                (given.out / "gates.json").write_text(json.dumps(plain, indent=1) + "\n", "utf-8")
         title = f"{loaded.title}, {length} tokens, {device}"
         count = mine[0].losses[0].kl.n
         parts.append(f"## {title}\n\n{count} held-out documents.\n\n{report(mine)}")
         draw(title, {"share of tiles dropped": lines(mine)}, given.out / f"gates_{length}.png")
-        # Written after every length: a run that is cut short has not been for nothing.
         (given.out / "gates.md").write_text("\n\n".join(parts) + f"\n\n{METHODS}.\n", "utf-8")
-        plain = {"model": loaded.title, "device": device, "versions": versions(),
-                 "measured": [asdict(one) for one in found]}  # fmt: skip
-        (given.out / "gates.json").write_text(json.dumps(plain, indent=1) + "\n", "utf-8")
     console.print(f"{given.out}/gates.md, gates.json and a plot for each length")
     print("\n\n".join(parts))
 

@@ -26,7 +26,7 @@ import bsfa_compile as bsfa
 RESULTS = Path(__file__).parent / "results"
 
 
-def llama(layers: int, tokens: int) -> torch.nn.Module:
+def llama(layers: int, tokens: int, attention: str = "sdpa") -> torch.nn.Module:
     """Llama-3.1-8B's body with random weights, bf16, on the card."""
     config = LlamaConfig(
         vocab_size=128256,
@@ -37,7 +37,7 @@ def llama(layers: int, tokens: int) -> torch.nn.Module:
         num_key_value_heads=8,
         max_position_embeddings=max(tokens, 131072),
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        attn_implementation="sdpa",
+        attn_implementation=attention,
     )
     torch.manual_seed(0)
     with torch.device("cuda"):

@@ -1,6 +1,7 @@
 """Calibrated block-sparse attention for any traced PyTorch model."""
 
 from bsfa_compile.calibrate import Budget, Calibration, Quality, Sparsity, Thresholds, TopK
+from bsfa_compile.calibrating import calibrate
 from bsfa_compile.canary import Canary, Drift
 from bsfa_compile.errors import (
     BsfaError,
@@ -11,7 +12,7 @@ from bsfa_compile.errors import (
 )
 from bsfa_compile.huggingface import register_when_imported
 from bsfa_compile.ops.attention import block_sparse_attention
-from bsfa_compile.optimize import apply, calibrate, optimize, revert
+from bsfa_compile.optimize import apply, optimize, revert
 from bsfa_compile.recheck import Recheck, recheck
 from bsfa_compile.report import Report, report
 from bsfa_compile.retarget import reset_counters, retarget, retargeted

@@ -19,3 +19,7 @@ class CalibrationError(BsfaError, RuntimeError):
 
 class ThresholdsError(BsfaError, ValueError):
     """A thresholds file is corrupted, foreign, or does not fit the model."""
+
+
+class ModelUnavailableError(BsfaError, RuntimeError):
+    """A command's model is not installed, not there, or not the file that was pinned."""

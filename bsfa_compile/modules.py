@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import reset_code
 
 from bsfa_compile.backend import Inner, Rewriter
+from bsfa_compile.calibrate.data import Call, device_of, move
 from bsfa_compile.calibrate.observer import Observer
 from bsfa_compile.errors import InputError
+from bsfa_compile.huggingface.observing import EagerWatcher, attends_eagerly
 from bsfa_compile.install import install
+from bsfa_compile.listing import OUTSIDE, attending
 from bsfa_compile.passes.attach import reload, unload
 from bsfa_compile.passes.rewrite import Rule
 from bsfa_compile.saving import follow, unfollow
@@ -51,9 +54,35 @@ def _entry(model: nn.Module) -> Callable[..., Any]:
     return enter
 
 
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    """What is called from outside, by name: the model, and the encoder that `generate` calls."""
+    parts = {"": model}
+    config = getattr(model, "config", None)
+    get: Any = getattr(model, "get_encoder", None)
+    if getattr(config, "is_encoder_decoder", False) and get is not None:
+        encoder = get()
+        parts |= {n: m for n, m in model.named_modules() if m is encoder and m is not model}
+    return parts
+
+
+def _uncompile(model: nn.Module) -> dict[str, Any]:
+    """Take off how the model and its encoder are compiled; what there was."""
+    found = {name: vars(part).pop(COMPILED, None) for name, part in _parts(model).items()}
+    return {name: call for name, call in found.items() if call is not None}
+
+
+def _recompile(model: nn.Module, found: Mapping[str, Any]) -> None:
+    """Inverse of `_uncompile`."""
+    for name, call in found.items():
+        setattr(model.get_submodule(name), COMPILED, call)
+
+
 def _compile(model: nn.Module, backend: Callable[..., Any], **options: Any) -> None:
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = RECOMPILES
+    else:  # torch 2.11 and 2.12 know only one limit for the whole process
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, RECOMPILES)
     setattr(model, COMPILED, torch.compile(_entry(model), backend=backend, **options))
 
 
@@ -80,7 +109,7 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     """
     modes = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
-    compiled = vars(model).pop(COMPILED, None)
+    compiled = _uncompile(model)
     taken = unload(model)
     limits = {"recompile_limit": RECOMPILES, "accumulated_recompile_limit": 1024}
     try:
@@ -94,29 +123,54 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
         unload(model)
-        vars(model).pop(COMPILED, None)
-        if compiled is not None:
-            setattr(model, COMPILED, compiled)
+        _uncompile(model)
+        _recompile(model, compiled)
         reload(taken)
         _forget_code(model)
 
 
 @contextmanager
-def watching(model: nn.Module, observer: Observer, rule: Rule) -> Iterator[Watcher]:
-    """Inside, calls of the model are observed: `borrowed`, in eager graphs."""
+def watching(model: nn.Module, observer: Observer, rule: Rule) -> Iterator[Watcher | EagerWatcher]:
+    """Inside, calls of the model are observed: `borrowed`, in eager graphs, or untraced."""
+    if attends_eagerly(model):
+        with borrowed(model), EagerWatcher(model, observer, rule).watching() as seeing:
+            yield seeing
+        return
     watcher = Watcher(model, observer, rule)
     with borrowed(model):
         _compile(model, watcher)
         yield watcher
 
 
+def untraced(model: nn.Module, call: Call, watcher: Watcher | EagerWatcher) -> dict[str, str]:
+    """Attention of one call that the watcher was not shown by name, and why it stays dense.
+
+    Layers that share a graph are shown once: the others stay dense for the same reason. After a
+    break inside a module Dynamo does not know whose attention it is.
+    """
+    args, kwargs = move(call, device_of(model))
+    with borrowed(model):
+        found = [n for n in attending(model, args, kwargs) if n not in watcher.sparse]
+    kinds = {name: type(module) for name, module in model.named_modules()}
+
+    def like(name: str) -> tuple[object, int]:
+        module, ordinal = split_name(name)
+        return kinds.get(module), ordinal
+
+    known = {like(name): why for name, why in watcher.dense.items()}
+    nameless = [why for name, why in watcher.dense.items() if split_name(name)[0] not in kinds]
+    otherwise = nameless[0] if nameless else OUTSIDE
+    return {n: known.get(like(n), otherwise) for n in found if n not in watcher.dense}
+
+
 @contextmanager
 def trying(model: nn.Module, state: State) -> Iterator[None]:
-    """Inside a `borrowed` model, its calls follow a state, in eager graphs."""
+    """Inside a `borrowed` model, its calls follow a state, in eager graphs or untraced."""
     before = state_of(model)
     try:
         install(model, state)
-        _compile(model, Rewriter(state, Inner("eager")))
+        if not attends_eagerly(model):
+            _compile(model, Rewriter(state, Inner("eager")))
         yield
     finally:
         vars(model).pop(COMPILED, None)
@@ -130,11 +184,11 @@ def trying(model: nn.Module, state: State) -> Iterator[None]:
 
 def compile_in_place(model: nn.Module, state: State, inner: Inner, **options: Any) -> None:
     """Install a state's buffers and hooks and compile the model's call with the rewriter."""
-    if COMPILED in vars(model):
-        state.previous = vars(model)[COMPILED]
+    state.previous = _uncompile(model)
     install(model, state)
     leave_masks_to_model(model)
-    _compile(model, Rewriter(state, inner), **options)
+    for part in _parts(model).values():
+        _compile(part, Rewriter(state, inner), **options)
 
 
 def leave_masks_to_model(model: nn.Module) -> None:
@@ -174,9 +228,9 @@ def undo(model: nn.Module, state: State | None) -> None:
     """Remove buffers, hooks and compiled code; bring back how the model was compiled before."""
     unload(model)
     unfollow(model)
-    vars(model).pop(COMPILED, None)
-    if state is not None and state.previous is not None:
-        setattr(model, COMPILED, state.previous)
+    _uncompile(model)
+    if state is not None and isinstance(state.previous, dict):
+        _recompile(model, state.previous)
     vars(model).pop(_MASKS, None)
     _forget_code(model)
     forget(model)

@@ -8,22 +8,16 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 import torch
-from rich.progress import Progress
-from torch import distributed as dist
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from bsfa_compile import modules, traced
 from bsfa_compile.backend import Inner
-from bsfa_compile.calibrate.calibration import Calibration
-from bsfa_compile.calibrate.data import Call, Samples, device_of, move, samples
-from bsfa_compile.calibrate.fingerprint import fingerprint
-from bsfa_compile.calibrate.observer import Observer
+from bsfa_compile.calibrate.data import Call, samples
 from bsfa_compile.calibrate.quality import Quality
 from bsfa_compile.calibrate.solve import Budget, Target, TopK
 from bsfa_compile.calibrate.thresholds import Thresholds, check
-from bsfa_compile.errors import CalibrationError
-from bsfa_compile.ops.tiles import BLOCK_K, BLOCK_Q
+from bsfa_compile.calibrating import calibrated
 from bsfa_compile.passes.rewrite import Rule
 from bsfa_compile.search import search
 from bsfa_compile.state import State, refuse, state_of
@@ -42,7 +36,7 @@ def optimize(
     gate: str = "relative",
     strict: bool = False,
     precision: str = "auto",
-    sink_tiles: int = 1,
+    sink_tiles: int | None = None,
     max_length: int | None = None,
     dense_if_faster: bool = True,
     progress: bool = True,
@@ -62,8 +56,9 @@ def optimize(
     `Quality(...)` of the whole model, or what to drop. held_out: inputs that a Quality is proven
     on; every fourth of calib_data is held back if not given. gate: "relative" or "absolute" (the
     paper's). strict: raise instead of leaving a site dense. precision: of the gate's scores,
-    "auto", "exact" or "int8". sink_tiles: leading tiles always kept. max_length: tokens of the
-    longest input to come, if longer than calib_data: thresholds then follow a fit over positions.
+    "auto", "exact" or "int8". sink_tiles: leading tiles always kept; None is what loses least: none
+    for the relative gate, one for the absolute. max_length: tokens of the longest input to come, if
+    longer than calib_data: thresholds then follow a fit over positions.
     dense_if_faster: run dense wherever that is faster; False forces the rule. fullgraph, dynamic,
     mode, options: of torch.compile and inductor. inner: another backend of torch to run the
     rewritten graphs, for debugging ("eager", "aot_eager"). compile: False for a Hugging Face model
@@ -73,12 +68,14 @@ def optimize(
     wrong argument and UnsupportedError, listing every reason, if strict and a site stays dense.
     """
     max_k = max(128, target.k) if isinstance(target, TopK) else 128
+    if sink_tiles is None:
+        sink_tiles = 1 if gate == "absolute" else 0
     rule = Rule(sink_tiles=sink_tiles)
     compiled = Inner(inner, mode, options, dynamic)
     data = samples(calib_data)
     if isinstance(target, Quality):
         data, held = data.split() if held_out is None else (data, samples(held_out))
-    calibration, example = _calibrated(model, data, rule, max_k=max_k, progress=progress)
+    calibration, example = calibrated(model, data, rule, max_k=max_k, progress=progress)
     if strict:
         refuse(calibration.dense)
     if calibration.sites:
@@ -121,35 +118,6 @@ def optimize(
         model, state, compiled if compile else None, example, fullgraph=fullgraph, dynamic=dynamic
     )
     return cast(Model, made)
-
-
-def calibrate(
-    model: nn.Module | fx.GraphModule | ExportedProgram,
-    calib_data: object,
-    *,
-    sink_tiles: int = 1,
-    block_q: int = BLOCK_Q,
-    block_k: int = BLOCK_K,
-    max_k: int = 128,
-    strict: bool = False,
-    progress: bool = True,
-    group: dist.ProcessGroup | None = None,
-) -> Calibration:
-    """Run a model on data and collect what thresholds for any target are solved from.
-
-    The model runs in eval mode without gradients and is unchanged afterwards. calib_data: see
-    `optimize`. max_k: the largest k of a later TopK. group: a torch.distributed group (such as
-    dist.group.WORLD) whose ranks each calibrate on their own share of the data; all get the whole.
-    Raises CalibrationError for empty data, UnsupportedError if strict and a site is not supported.
-    """
-    rule = Rule(sink_tiles=sink_tiles, block_q=block_q, block_k=block_k)
-    data = samples(calib_data)
-    calibration, _ = _calibrated(model, data, rule, max_k=max_k, progress=progress)
-    if group is not None:
-        calibration = calibration.gathered(group)
-    if strict:
-        refuse(calibration.dense)
-    return calibration
 
 
 def apply(
@@ -201,74 +169,6 @@ def revert(model: Model) -> Model:
         return cast(Model, traced.undo(given, state))
     modules.undo(modules.plain(given), state)
     return model
-
-
-def _calibrated(
-    model: nn.Module | fx.GraphModule | ExportedProgram,
-    data: Samples,
-    rule: Rule,
-    *,
-    max_k: int,
-    progress: bool,
-) -> tuple[Calibration, Call]:
-    """The calibration, and the first sample."""
-    calls = iter(data)
-    first = next(calls, None)
-    if first is None:
-        raise CalibrationError("the calibration data are empty: pass at least one model input")
-    with Observer(max_k=max_k) as observer:
-        if isinstance(model, _TRACED):
-            with traced.watching(model, observer, rule, first) as (program, dense):
-                count = _run(program, first, calls, _length(data), progress)
-        else:
-            with modules.watching(modules.plain(model), observer, rule) as watcher:
-                count = _run(model, first, calls, _length(data), progress)
-            dense = {n: why for n, why in watcher.dense.items() if n not in watcher.sparse}
-        found, wrong = observer.statistics, observer.mismatches
-        uncalled = tuple(name for name, n in observer.calls.items() if not n and name not in dense)
-    for name, why in wrong.items():
-        found.pop(name, None)
-        dense[name] = f"verified at calibration: {why}"
-        warnings.warn(
-            f"{name} stays dense: {why}. Please report it: attention was misread", stacklevel=3
-        )
-    refused = {name: site.refused for name, site in found.items() if site.refused}
-    if refused:
-        warnings.warn(
-            f"{max(refused.values())} samples had queries or keys that are not finite, at "
-            f"{len(refused)} sites from {next(iter(refused))} on: they were left out",
-            stacklevel=3,
-        )
-    calibration = Calibration(
-        sites=found,
-        samples=count,
-        uncalled=uncalled,
-        dense=dense,
-        fingerprint=fingerprint(model),
-    )
-    return calibration, first
-
-
-def _run(program: nn.Module, first: Call, rest: Any, total: int | None, progress: bool) -> int:
-    """Run the program on every sample, moved to where it computes; how many there were."""
-    device, count = device_of(program), 0
-    with Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("calibrating", total=total)
-        call: Call | None = first
-        while call is not None:
-            args, kwargs = move(call, device)
-            program(*args, **kwargs)
-            count += 1
-            bar.advance(task)
-            call = next(rest, None)
-    return count
-
-
-def _length(data: Samples) -> int | None:
-    try:
-        return len(data)
-    except TypeError:  # a stream
-        return None
 
 
 def _applied(

@@ -8,8 +8,8 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from bsfa_compile.calibrate.thresholds import Thresholds
+from bsfa_compile.calibrating import calibrate
 from bsfa_compile.errors import ThresholdsError
-from bsfa_compile.optimize import calibrate
 from bsfa_compile.state import state_of
 
 

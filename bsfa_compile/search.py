@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from rich.progress import Progress
@@ -28,6 +28,7 @@ from bsfa_compile.trial import Model, Trial, dense_values, trying
 
 _PROBE = Budget(0.1)  # enough to be seen in the loss, little enough to be on the way there
 _PROBES = 32  # at most; neighbouring sites of a deeper model share one
+_PROBE_SCORED = 1024  # positions: to rank sites takes fewer than to prove a loss
 _CLOSE = 0.85  # a loss this near its limit is near enough
 
 
@@ -73,22 +74,21 @@ def search(
             bar.advance(task)
 
         # KL is steadier than likelihood, and its scale does not matter here.
-        steady = Meter("error" if target.metric == "error" else "kl", target.scored)
-        first = steady.prepare(trial.forward, first)
-        wanted = steady.reference(trial.run(first), first)
+        steady = Meter(
+            "error" if target.metric == "error" else "kl", min(target.scored, _PROBE_SCORED)
+        )
         base = _base(calibration, gate, precision)
 
         def shaped(values: Mapping[str, Tensor]) -> Thresholds:
             made = replace(base, values=values)
             return made if max_length is None else calibration.fitted(made, max_length)
 
+        first = steady.prepare(trial.forward, first)
+        wanted = steady.reference(trial.run(first), first)
         trial.set(shaped(base.values), first)  # makes room for the columns of a fit
         probes = []
-        for names in groups:
-            values = _only(base.values, names)
-            trial.set(replace(base, values=dense_values(base.values) | values), first)
-            loss = steady.pool([steady.losses(trial.run(first), wanted)]).mean
-            probes.append((values, loss**2 if target.metric == "error" else loss))
+        for values, loss in _probes(trial, steady, wanted, base, groups):
+            probes.append((values, loss))
             bar.advance(task)
         spread = Spread(calibration.sites, costs(calibration.sites, probes, gate), gate)
 
@@ -112,6 +112,32 @@ def search(
     return calibration.told(replace(shaped(values), target=repr(target), proof=proof))
 
 
+def spread_by(model: Model, calibration: Calibration, probe: Call, scored: int) -> Spread:
+    """Relative thresholds spread over the heads by what each site's lost mass costs on a probe.
+
+    A forward pass for every site; the model is unchanged.
+    """
+    base, steady = _base(calibration, "relative", "auto"), Meter("kl", scored)
+    with trying(model) as trial:
+        first = steady.prepare(trial.forward, probe)
+        wanted = steady.reference(trial.run(first), first)
+        trial.set(base, first)
+        groups = _groups(list(calibration.sites))
+        found = list(_probes(trial, steady, wanted, base, groups))
+    return Spread(calibration.sites, costs(calibration.sites, found, "relative"), "relative")
+
+
+def _probes(
+    trial: Trial, meter: Meter, dense: Reference, base: Thresholds, groups: Sequence[list[str]]
+) -> Iterator[tuple[dict[str, Tensor], float]]:
+    """The thresholds of each group of sites, and the loss with all others dense."""
+    for names in groups:
+        values = _only(base.values, names)
+        trial.set(replace(base, values=dense_values(base.values) | values), dense.call)
+        loss = meter.pool([meter.losses(trial.run(dense.call), dense)]).mean
+        yield values, loss**2 if meter.metric == "error" else loss
+
+
 class _Hunt:
     """Which predicted loss to try next: towards the largest whose measured loss holds."""
 
@@ -119,7 +145,8 @@ class _Hunt:
         self._limit = target.limit**2 if target.metric == "error" else target.limit
         self._squared = target.metric == "error"
         self._most = most
-        self._low, self._high = 0.0, math.inf  # the largest that held, the smallest that did not
+        # (aim, upper) of the largest that held and of the smallest that did not.
+        self._low, self._high = (0.0, 0.0), (math.inf, math.inf)
         self._next: float | None = min(self._limit, most)
 
     def next(self) -> float | None:
@@ -131,19 +158,20 @@ class _Hunt:
         upper = found.upper**2 if self._squared else found.upper
         ratio = self._limit / upper if upper > 0 else math.inf
         if found.holds:
-            self._low = max(self._low, aim)
+            self._low = max(self._low, (aim, upper))
         else:
-            self._high = min(self._high, aim)
+            self._high = min(self._high, (aim, upper))
+        (low, under), (high, over) = self._low, self._high
         near = found.holds and ratio < 1 / _CLOSE
         if near or (found.holds and aim >= self._most) or found.skipped == 0:
             self._next = None
-            return
-        step = aim * min(max(ratio * 0.95, 1 / 16), 16.0)
-        if self._low and self._high < math.inf:
-            inside = self._low * 1.02 < step < self._high / 1.02
-            step = step if inside else math.sqrt(self._low * self._high)
-            self._next = step if self._high > 1.05 * self._low else None
+        elif low and high < math.inf:
+            # Where a straight line meets the limit: a likelihood may fall before it rises.
+            rise = (0.95 * self._limit - under) / (over - under) if over < math.inf else 0.5
+            inside = low + (high - low) * min(max(rise, 0.1), 0.9)
+            self._next = inside if high > 1.05 * low else None
         else:
+            step = aim * min(max(ratio * 0.95, 1 / 16), 16.0)
             self._next = min(step if not found.holds else max(step, aim * 1.5), self._most)
 
 

@@ -22,10 +22,10 @@ from bsfa_compile.demo.judge import (
     match_dropped,
     wanted_tiles,
 )
-from bsfa_compile.errors import InputError
+from bsfa_compile.errors import InputError, ModelUnavailableError
 from bsfa_compile.evaluate import models as demo_models
 from bsfa_compile.evaluate import texts
-from bsfa_compile.evaluate.models import GEMMA, QWEN, ModelUnavailableError, PackagedModel, load
+from bsfa_compile.evaluate.models import GEMMA, QWEN, PackagedModel, load
 from bsfa_compile.evaluate.tilemap import DROPPED, INVISIBLE, KEPT, Caught, catching, kept_tiles
 from bsfa_compile.ops import reference
 from bsfa_compile.ops.tiles import Geometry
@@ -69,7 +69,6 @@ def test_the_whole_demo_on_a_tiny_model(tiny: Path, tmp_path: Path) -> None:
         assert states.shape == (8, 16)
         assert bool((states.triu(2)[:, 2:] != KEPT).sum())
     assert torch.equal(maps["budget"] == INVISIBLE, maps["paper"] == INVISIBLE)
-    assert bool((maps["budget"][:, 0] == KEPT).all())  # the sink tile
 
 
 def test_other_models_are_loaded_by_folder(tiny: Path) -> None:
@@ -183,10 +182,9 @@ def local(length: int) -> Tensor:
 def test_k_is_chosen_to_drop_as_many_tiles() -> None:
     torch.manual_seed(0)
     model, data = nn.Sequential(Attention(), Attention()), [local(2048)]
-    ours = bsfa.calibrate(model, data, progress=False)
-    paper = bsfa.calibrate(model, data, sink_tiles=0, progress=False)
-    solved = ours.thresholds(bsfa.Budget(0.1))
-    wanted = wanted_tiles(ours, solved)
+    calibration = bsfa.calibrate(model, data, progress=False)
+    solved = calibration.thresholds(bsfa.Budget(0.1))
+    wanted = wanted_tiles(calibration, solved)
 
     def dropped_by(thresholds: bsfa.Thresholds) -> int:
         optimized = bsfa.apply(model, thresholds, dense_if_faster=False, inner="eager")
@@ -199,15 +197,15 @@ def test_k_is_chosen_to_drop_as_many_tiles() -> None:
     goal = dropped_by(solved)
     assert goal == pytest.approx(wanted, rel=0.01)
     assert goal > 200
-    counted = dropped_by(paper.thresholds(bsfa.TopK(by_counting(paper, wanted))))
-    matched = dropped_by(match_dropped(paper, wanted, goal, dropped_by))
+    counted = dropped_by(calibration.thresholds(bsfa.TopK(by_counting(calibration, wanted))))
+    matched = dropped_by(match_dropped(calibration, wanted, goal, dropped_by))
     assert matched == pytest.approx(goal, rel=0.1)
     assert abs(matched - goal) <= abs(counted - goal)
 
 
 def test_the_search_for_k_follows_what_is_measured() -> None:
     torch.manual_seed(0)
-    paper = bsfa.calibrate(Attention(), [local(2048)], sink_tiles=0, progress=False)
+    paper = bsfa.calibrate(Attention(), [local(2048)], progress=False)
     asked = []
 
     def dropped_by(thresholds: bsfa.Thresholds) -> int:

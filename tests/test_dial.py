@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import hub
 
 import bsfa_compile as bsfa
 from bsfa_compile.calibrate.thresholds import FILE_NAME
@@ -130,6 +133,25 @@ def test_thresholds_travel_with_the_checkpoint(tmp_path: Path) -> None:
     assert not (tmp_path / "dense" / FILE_NAME).exists()
     with pytest.raises(FileNotFoundError):
         bsfa.apply(model, tmp_path / "dense")
+
+
+def test_thresholds_travel_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sent = _llama(), dict[str, bsfa.Thresholds]()
+    x = {"input_ids": torch.randint(0, 64, (1, 256))}
+    solved = bsfa.calibrate(model, x, **toy.BLOCKS, progress=False).thresholds(bsfa.Budget(0.3))
+    bsfa.apply(model, solved, **toy.EAGER)
+
+    def upload(folder: str, *_: object, **__: object) -> None:
+        assert Path(folder, "model.safetensors").is_file()
+        sent["here"] = bsfa.Thresholds.load(folder)
+
+    api = SimpleNamespace(create_repo=lambda repo, **_: SimpleNamespace(repo_id=repo))
+    monkeypatch.setattr(hub, "hf_api", lambda: api)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: MagicMock())
+    monkeypatch.setattr(model, "_upload_modified_files", upload)
+    model.push_to_hub("me/mine")
+    for name, values in sent["here"].values.items():
+        assert torch.equal(values, solved.values[name])
 
 
 def test_a_fine_tune_is_warned_of_and_can_be_rechecked() -> None:

@@ -6,17 +6,18 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import bsfa_compile as bsfa
-from bsfa_compile.cli import app
+from bsfa_compile.cli import NOT_HELD, app
 from bsfa_compile.errors import InputError
 from bsfa_compile.evaluate import corpora
 from bsfa_compile.evaluate.intervals import bootstrap, wilson
@@ -24,6 +25,7 @@ from bsfa_compile.evaluate.likelihood import float32_head
 from bsfa_compile.evaluate.targets import parse_targets
 from bsfa_compile.evaluate.tasks import TASKS, build_task
 from tests.tiny import save_tiny
+from tests.toy import EAGER
 
 unit = st.floats(0, 1)
 PARAGRAPHS = [f"The {n}th sentence of a plain text about nothing in particular." for n in range(50)]
@@ -177,12 +179,14 @@ def test_tasks_that_do_not_fit_are_refused() -> None:
 
 
 def test_targets_are_parsed() -> None:
-    assert parse_targets("budget=0.1, topk=4,sparsity=0.5") == [
+    assert parse_targets("budget=0.1, topk=4,sparsity=0.5,nll=0.01,kl=0.1") == [
         bsfa.Budget(0.1),
         bsfa.TopK(4),
         bsfa.Sparsity(0.5),
+        bsfa.Quality(nll=0.01),
+        bsfa.Quality(kl=0.1),
     ]
-    for wrong in ("budget", "budget=x", "lambda=2"):
+    for wrong in ("budget", "budget=x", "lambda=2", "nll=0"):
         with pytest.raises(InputError, match="--targets"):
             parse_targets(wrong)
 
@@ -231,6 +235,57 @@ def test_the_whole_command_on_a_tiny_model(tiny: Path, tmp_path: Path) -> None:
         assert point["scores"][0]["change"]["low"] is None  # of a single prompt
     assert len(found["calibrated_on"]) == 4
     assert not set(found["calibrated_on"]) & {d for ds in found["documents"].values() for d in ds}
+
+
+def test_a_quality_is_searched_for_on_documents_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    options = "--targets nll=0.02 --lengths 640 --documents 1 --tasks none --scored 200"
+    result = CliRunner().invoke(
+        app, ["eval", str(tiny), *options.split(), "--device", "cpu", "--out", str(tmp_path)]
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [point["rule"] for point in found["points"]] == ["Quality(nll=0.02)"]
+    assert found["points"][0]["dropped"] > 0.05
+    assert "within 0.02" in found["proofs"]["Quality(nll=0.02)"]
+    assert len(found["calibrated_on"]) == 8  # half of them searched on
+    assert "Searched for Quality(nll=0.02)" in (tmp_path / "evaluation.md").read_text()
+    alone = tmp_path / "alone.txt"
+    alone.write_text("\n".join(PARAGRAPHS[:15]))  # of one document
+    refused = CliRunner().invoke(
+        app,
+        ["eval", str(tiny), *options.split(), "--calibration-text", str(alone), "--device", "cpu"],
+    )
+    assert refused.exit_code == 1 and "--calibration-text" in refused.output
+
+
+def test_thresholds_are_rechecked_on_a_fine_tune(tiny: Path, tmp_path: Path) -> None:
+    model: Any = LlamaForCausalLM.from_pretrained(tiny)
+    text = tmp_path / "mine.txt"
+    text.write_text("\n".join(PARAGRAPHS))
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    data = {"input_ids": torch.tensor([tokenizer(text.read_text()).input_ids[:640]])}
+    bsfa.apply(
+        model, bsfa.calibrate(model, data, progress=False).thresholds(bsfa.Budget(0.2)), **EAGER
+    )
+    model.save_pretrained(tmp_path)  # thresholds beside the weights
+    options = ["--text", str(text), "--documents", "1", "--device", "cpu"]
+    tokenizer.save_pretrained(tmp_path)
+    same = CliRunner().invoke(app, ["recheck", str(tmp_path), *options])
+    assert "of tiles skipped" in same.output and same.exit_code == 0
+
+    tuned: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        for layer in tuned.model.layers:  # scores further apart: twice as much is lost
+            layer.self_attn.q_proj.weight.mul_(1.2)
+            layer.self_attn.q_proj.bias.mul_(1.2)
+    tuned.save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    given = ["recheck", str(tmp_path / "tuned"), "--thresholds", str(tmp_path), *options]
+    with pytest.warns(UserWarning, match="recheck"):
+        worse = CliRunner().invoke(app, given)
+    assert worse.exit_code == NOT_HELD and "calibrate again" in worse.output
+    none = CliRunner().invoke(app, ["recheck", str(tmp_path / "tuned"), *options])
+    assert none.exit_code == 1 and "pass --thresholds" in none.output
 
 
 def test_thresholds_from_a_file_are_evaluated_on_the_users_text(tiny: Path, tmp_path: Path) -> None:

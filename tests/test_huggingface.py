@@ -153,6 +153,49 @@ def test_calibrate_retarget_and_revert_work_on_the_door() -> None:
     assert not any("bsfa_" in name for name, _ in model.named_buffers())
 
 
+@pytest.mark.parametrize(
+    ("name", "shared"), [("llama", True), ("mistral", False), ("gemma2", False)]
+)
+def test_calibration_through_the_door_needs_no_trace(
+    name: str, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, door = zoo.build(name).double(), build(name)
+    if shared:  # one module that is called twice
+        for model in (usual, door):
+            model.model.layers[1] = model.model.layers[0]
+    given = {**zoo.left_padded(zoo.inputs(name, 200), (0, 40)), "use_cache": False}
+    wanted = bsfa.calibrate(usual, given, **toy.BLOCKS, progress=False)
+    monkeypatch.setattr(torch, "compile", None)
+    found = bsfa.calibrate(door, [given], **toy.BLOCKS, progress=False)
+    assert list(found.sites) == list(wanted.sites)
+    assert len(found.sites) == (1 if shared else 2)
+    for site, statistics in wanted.sites.items():
+        assert statistics.candidates > 0
+        assert torch.equal(found.sites[site].counts, statistics.counts)
+    assert (found.dense, found.uncalled) == (wanted.dense, wanted.uncalled)
+
+
+def test_a_search_through_the_door_needs_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", None)
+    model, data = build(), [{**zoo.inputs("llama", 300), "use_cache": False} for _ in range(3)]
+    dense = zoo.output(model, data[0])
+    calibration = bsfa.calibrate(model, data[:1], **toy.BLOCKS, progress=False)
+    found = bsfa.search(model, calibration, bsfa.Quality(kl=0.1), data[1:], progress=False)
+    assert found.proof is not None and found.proof.holds and found.proof.skipped > 0.1
+    assert torch.equal(zoo.output(model, data[0]), dense)
+    assert not any("bsfa_" in name for name, _ in model.named_buffers())
+
+
+def test_what_the_door_cannot_run_sparse_is_not_calibrated() -> None:
+    model, given = build(), zoo.inputs("llama", 150)
+    rows = torch.arange(150)
+    odd = (rows[:, None] - rows)[None, None] % 3 == 0  # no limits of key - query
+    found = bsfa.calibrate(model, {**given, "attention_mask": odd}, **toy.BLOCKS, progress=False)
+    assert not found.sites
+    assert set(found.dense) == set(NAMES)
+    assert all("more than causality" in why for why in found.dense.values())
+
+
 def test_optimize_leaves_it_uncompiled_if_asked() -> None:
     model = build()
     bsfa.optimize(

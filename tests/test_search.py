@@ -63,7 +63,7 @@ HELD_OUT = [text(180, 3), text(220, 4)]
 @pytest.fixture(scope="module", name="calibration")
 def make_calibration(model: LanguageModel) -> Calibration:
     data = [text(160, 1), text(200, 2)]
-    return bsfa.calibrate(model, data, **toy.BLOCKS, progress=False)
+    return bsfa.calibrate(model, data, sink_tiles=1, **toy.BLOCKS, progress=False)
 
 
 def losses(model: LanguageModel, thresholds: Thresholds) -> tuple[float, float, float]:

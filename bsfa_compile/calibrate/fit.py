@@ -13,15 +13,10 @@ import math
 import torch
 from torch import Tensor
 
+from bsfa_compile.calibrate.grid import COARSE_EDGES, GATES, UNIT, octave
 from bsfa_compile.calibrate.predict import levels_at
 from bsfa_compile.calibrate.solve import lost_levels
-from bsfa_compile.calibrate.statistics import (
-    COARSE_EDGES,
-    GATES,
-    UNIT,
-    SiteStatistics,
-    octave,
-)
+from bsfa_compile.calibrate.statistics import SiteStatistics
 
 _HALVING = -math.log(2)  # nats per octave, where the data do not tell
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from bsfa_compile.calibrate.grid import GATES
 from bsfa_compile.calibrate.sample import Sample, blocks, finite, unpad
-from bsfa_compile.calibrate.statistics import GATES, SiteStatistics
+from bsfa_compile.calibrate.statistics import SiteStatistics
 from bsfa_compile.ops import tile_statistics
 from bsfa_compile.ops.call import Call
 from bsfa_compile.ops.gate import (

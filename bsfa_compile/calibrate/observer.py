@@ -30,13 +30,14 @@ from bsfa_compile.ops.tiles import Geometry
 class _Slot:
     """One open site. `calls` counts calls that brought statistics; decoding steps do not.
 
-    mismatch: how its attention differs from what was understood of it, "" if it does not.
+    doubts: how its attention may differ from what was understood of it, each with a number on the
+    site's device that is more than 0 if it does. Read at the end: reading waits for the device.
     """
 
     name: str
     max_k: int
     calls: int = 0
-    mismatch: str = ""
+    doubts: dict[str, Tensor] = field(default_factory=dict)
     statistics: SiteStatistics | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -75,7 +76,12 @@ class Observer:
     @property
     def mismatches(self) -> dict[str, str]:
         """Sites whose attention `verify` found other than understood, and how it differs."""
-        return {slot.name: slot.mismatch for slot in self._mine.values() if slot.mismatch}
+        found = {}
+        for slot in self._mine.values():
+            for why, doubt in slot.doubts.items():
+                if slot.name not in found and float(doubt) > 0:
+                    found[slot.name] = why.format(float(doubt))
+        return found
 
     @property
     def calls(self) -> dict[str, int]:
@@ -119,14 +125,9 @@ def _slot_of(handle: Tensor) -> _Slot:
     return slot
 
 
-def mismatch(handle: Tensor) -> str:
-    """How the site of a handle differs from what was understood of it; "" if it does not."""
-    return _slot_of(handle).mismatch
-
-
-def set_mismatch(handle: Tensor, why: str) -> None:
-    """Note that the site of a handle does not compute what was understood of it."""
-    _slot_of(handle).mismatch = why
+def doubts(handle: Tensor) -> dict[str, Tensor]:
+    """What tells whether the site of a handle was misread, see `_Slot`; to be added to."""
+    return _slot_of(handle).doubts
 
 
 def _observe(

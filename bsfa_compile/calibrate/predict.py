@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bsfa_compile.calibrate.grid import EDGES, GATES
 from bsfa_compile.calibrate.solve import lost_levels
-from bsfa_compile.calibrate.statistics import EDGES, GATES, SiteStatistics
+from bsfa_compile.calibrate.statistics import SiteStatistics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bsfa_compile.calibrate.calibration import Calibration
-from bsfa_compile.calibrate.statistics import EDGES, GATES, ZERO_EDGE
+from bsfa_compile.calibrate.grid import EDGES, GATES, ZERO_EDGE
 from bsfa_compile.calibrate.thresholds import Thresholds
 from bsfa_compile.errors import CalibrationError, InputError, ThresholdsError
 

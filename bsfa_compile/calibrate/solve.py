@@ -15,7 +15,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from bsfa_compile.calibrate.statistics import BINS, EDGES, GATES, UNIT, ZERO_EDGE, SiteStatistics
+from bsfa_compile.calibrate.grid import BINS, EDGES, GATES, UNIT, ZERO_EDGE
+from bsfa_compile.calibrate.statistics import SiteStatistics
 from bsfa_compile.errors import CalibrationError, InputError
 
 _TRIM = 4  # votes from which on the smallest and the largest do not count

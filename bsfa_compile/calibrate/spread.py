@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from bsfa_compile.calibrate.grid import EDGES, GATES
 from bsfa_compile.calibrate.solve import last_edges, lost_levels
-from bsfa_compile.calibrate.statistics import EDGES, GATES, SiteStatistics
+from bsfa_compile.calibrate.statistics import SiteStatistics
 
 # KL grows between linearly and with the square of lost mass: 4.1 times for 2.7 times the mass.
 POWER = 1.5
@@ -53,6 +54,16 @@ class Spread:
         for _ in range(_STEPS):
             middle = (low + high) / 2
             low, high = (middle, high) if self._at(2**middle)[0] <= loss else (low, middle)
+        return self._values(2**low)
+
+    def dropping(self, tiles: float) -> dict[str, Tensor]:
+        """Thresholds float32 [H, 1] of every site at the least loss for about so many tiles."""
+        low, high = -200.0, 100.0
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            chosen = self._at(2**middle)[1].items()
+            found = sum(float(self._tiles[n].gather(1, c[:, None]).sum()) for n, c in chosen)
+            low, high = (middle, high) if found <= tiles else (low, middle)
         return self._values(2**low)
 
     def _at(self, price: float) -> tuple[float, dict[str, Tensor]]:

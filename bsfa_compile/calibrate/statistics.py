@@ -4,13 +4,8 @@ Everything is an integer: counts, softmax mass in units of 2^-24 rows, midpoints
 nats. Sums of integers do not depend on their order, so neither does anything solved from them.
 Statistics and thresholds are scaled logits in natural-log units.
 
-A threshold may stand on any edge of `EDGES`. Bin `i` of a histogram holds the tiles whose
-statistic x has EDGES[i - 1] <= x < EDGES[i], so a threshold on edge `i` drops exactly the bins
-0..i: what a histogram predicts for the calibration data is not an estimate. The last bin holds
-what no threshold of the grid drops, +inf and NaN included.
-
-Positions count in octaves of q blocks: octave o holds the blocks 2^o - 1 to 2^(o+1) - 2. Their
-masses are kept on every `COARSE`-th edge, for thresholds that depend on position.
+Histograms are over the bins of `grid.py`: what they predict for the calibration data of a threshold
+on one of its edges is not an estimate.
 
 Size: 98 KB per head for the histograms, 6 KB per head and octave, and 40 * n * K bytes per head
 for the midpoints, n the q blocks reached and K = min(max_k, most candidates in a block - 1). 14
@@ -20,51 +15,16 @@ with max_k = 0.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bsfa_compile.calibrate.grid import BINS, COARSE, COARSE_EDGES, UNIT, edges_on, octave
 from bsfa_compile.errors import CalibrationError
 
-GATES = ("relative", "absolute")
-UNIT = 2**24  # fixed point: units per row of softmax mass, and per nat of a midpoint
 _LIMIT = 2.0**20  # nats; a midpoint further out counts as this
-_PER_OCTAVE = 128
-
-
-def _edges() -> Tensor:
-    """Histogram edges in nats: 1/64 apart up to 4, then 128 per octave up to 4096, both signs.
-
-    Every edge is a short binary fraction, the same in float32 on any machine.
-    """
-    positive = [torch.arange(_PER_OCTAVE + 1, dtype=torch.float64) / 64]
-    for octave in range(1, 12):
-        step = 2.0**octave / _PER_OCTAVE
-        positive.append(2.0**octave + torch.arange(1, _PER_OCTAVE + 1) * step)
-    half = torch.cat(positive).to(torch.float32)
-    return torch.cat([-half[1:].flip(0), half])
-
-
-EDGES = _edges()
-ZERO_EDGE = len(EDGES) // 2  # EDGES[ZERO_EDGE] == 0
-BINS = len(EDGES) + 1
-COARSE = 8
-COARSE_EDGES = EDGES[::COARSE]
-
-
-@functools.cache
-def _edges_on(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`EDGES` where they are needed: a copy would wait for the device."""
-    return EDGES.to(device=device, dtype=dtype)
-
-
-def octave(block: int) -> int:
-    """The octave of an absolute q block: 0, 1, 1, 2, 2, 2, 2, 3, ..."""
-    return (block + 1).bit_length() - 1
-
 
 _PLAIN = (
     *("mid_sums", "mid_votes", "mid_low", "mid_high"),
@@ -167,7 +127,7 @@ class SiteStatistics:
         softmax mass in rows, negative where a tile is no candidate.
         """
         x = statistic.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        index = torch.bucketize(x, _edges_on(x.device, x.dtype), right=True)
+        index = torch.bucketize(x, edges_on(x.device, x.dtype), right=True)
         # Rounded up, so that the mass predicted is never below the mass lost.
         units = mass.to(torch.float64).mul(UNIT).ceil().to(torch.int64).clamp_min_(0)
         units = units.expand_as(index).flatten(2)

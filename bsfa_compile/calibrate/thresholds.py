@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from bsfa_compile.calibrate import files
 from bsfa_compile.calibrate.fingerprint import Fingerprint, Model, fingerprint, unwrap
 from bsfa_compile.calibrate.fit import columns
+from bsfa_compile.calibrate.grid import GATES
 from bsfa_compile.calibrate.quality import Proof
-from bsfa_compile.calibrate.statistics import GATES
 from bsfa_compile.errors import ThresholdsError
 from bsfa_compile.ops.tiles import BLOCK_K, BLOCK_Q
 

@@ -89,10 +89,9 @@ class Judge:
         stop = len(logits) - prompt.questions
         return logits[stop - self._scored : stop].clone()
 
-    def rule(self, name: str, description: str, measured: Measured, paper: Measured) -> Rule:
-        """A measured rule in fractions of the paper's candidates, sink tiles counted: so two
-        rules that drop the same share drop equally many tiles."""
-        whole = {site: held[:, 1].clamp_min(1) for site, held in paper.counts.items()}
+    def rule(self, name: str, description: str, measured: Measured) -> Rule:
+        """What was measured of a rule, in fractions of its candidate tiles."""
+        whole = {site: held[:, 1].clamp_min(1) for site, held in measured.counts.items()}
         return Rule(
             name=name,
             description=description,

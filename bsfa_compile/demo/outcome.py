@@ -14,8 +14,8 @@ from bsfa_compile.evaluate.outcome import TileMap
 class Rule:
     """One rule over the evaluation texts.
 
-    dropped: share of the tiles that no mask edge cuts, sink tiles counted. kept: site -> the rest,
-    per head. found: hidden facts found, of `facts`.
+    dropped: share of the tiles that no mask edge cuts. kept: site -> the rest, per head. found:
+    hidden facts found, of `facts`.
     """
 
     name: str

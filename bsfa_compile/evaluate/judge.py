@@ -21,6 +21,7 @@ from bsfa_compile.evaluate.models import LoadedModel
 from bsfa_compile.evaluate.needles import retrieved
 from bsfa_compile.evaluate.outcome import Loss, Score
 from bsfa_compile.evaluate.tasks import TaskPrompt
+from bsfa_compile.huggingface.observing import attends_eagerly
 from bsfa_compile.state import state_of
 
 
@@ -161,11 +162,15 @@ def _loss(genre: str, found: Sequence[Comparison]) -> Loss:
 
 
 def use(model: nn.Module, thresholds: bsfa.Thresholds, inner: str) -> None:
-    """Make the model follow thresholds to the letter; graphs that serve already are kept."""
+    """Make the model follow thresholds to the letter; graphs that serve already are kept.
+
+    inner: what runs the graphs; a model with attn_implementation="bsfa" needs none for "eager".
+    """
     try:
         bsfa.retarget(model, thresholds)
     except ThresholdsError:
-        bsfa.apply(model, thresholds, dense_if_faster=False, inner=inner)
+        traced = inner != "eager" or not attends_eagerly(model)
+        bsfa.apply(model, thresholds, dense_if_faster=False, inner=inner, compile=traced)
 
 
 def tiles(model: nn.Module) -> tuple[int, int]:

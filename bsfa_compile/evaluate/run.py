@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from bsfa_compile.evaluate.judge import Judge, losses, tiles, use
 from bsfa_compile.evaluate.likelihood import float32_head
 from bsfa_compile.evaluate.models import LoadedModel, load
 from bsfa_compile.evaluate.outcome import Evaluation, Point
-from bsfa_compile.evaluate.targets import solved
+from bsfa_compile.evaluate.targets import from_files
 from bsfa_compile.evaluate.tasks import TASKS, TaskPrompt, build_task
 from bsfa_compile.ops.compiler import cache_dir
 
@@ -33,7 +33,7 @@ class Settings:
 
     model: str | None
     thresholds: tuple[Path, ...] = ()
-    targets: tuple[Target, ...] = (bsfa.Budget(0.03),)
+    targets: tuple[Target | bsfa.Quality, ...] = (bsfa.Budget(0.03),)
     lengths: tuple[int, ...] = (4096,)
     tasks: tuple[str, ...] = tuple(TASKS)
     documents: int = 4
@@ -69,17 +69,8 @@ def run(settings: Settings, console: Console) -> tuple[Evaluation, LoadedModel]:
 
 def evaluate(loaded: LoadedModel, settings: Settings, console: Console) -> Evaluation:
     """Evaluate a loaded model; progress is printed to the console."""
-    calibration, calibrated_on = None, list[Piece]()
-    if settings.targets:
-        # At the longest length: thresholds lose more on longer inputs than they were made on.
-        calibrated_on = pieces(
-            loaded, settings, corpora.CALIBRATION, max(settings.lengths), count=2
-        )
-        console.print(f"calibrating on {len(calibrated_on)} documents")
-        calibration = bsfa.calibrate(
-            loaded.model, [sample(piece.input_ids) for piece in calibrated_on], progress=False
-        )
-    rules = solved(calibration, settings.targets, settings.thresholds)
+    rules, calibrated_on = _solved(loaded, settings, console) if settings.targets else ({}, [])
+    rules |= from_files(settings.thresholds)
     if not rules:
         raise InputError("nothing to evaluate: pass --targets or --thresholds")
     points, named = list[Point](), dict[int, tuple[str, ...]]()
@@ -116,10 +107,46 @@ def evaluate(loaded: LoadedModel, settings: Settings, console: Console) -> Evalu
         scored=settings.scored,
         inner=settings.inner,
         calibrated_on=tuple(f"{piece.genre}: {piece.name}" for piece in calibrated_on),
+        proofs={name: str(t.proof) for name, t in rules.items() if t.proof is not None},
         documents=named,
         samples=settings.samples,
         points=tuple(points),
     )
+
+
+def _solved(
+    loaded: LoadedModel, settings: Settings, console: Console
+) -> tuple[dict[str, bsfa.Thresholds], list[Piece]]:
+    """Rule name -> thresholds of every target, and the documents that they were chosen by.
+
+    At the longest length: thresholds lose more on longer inputs than they were made on. A Quality
+    is searched for on every second document of a genre, the others are calibrated on.
+    """
+    searched = any(isinstance(target, bsfa.Quality) for target in settings.targets)
+    longest = max(settings.lengths)
+    drawn = pieces(loaded, settings, corpora.CALIBRATION, longest, count=4 if searched else 2)
+    genres = [[p for p in drawn if p.genre == g] for g in dict.fromkeys(p.genre for p in drawn)]
+    own = [{"input_ids": piece.input_ids} for genre in genres for piece in genre[1::2]]
+    if searched and not own:
+        raise InputError(
+            f"a Quality is searched for on texts of its own, and there is one of {longest} tokens "
+            "only: give more with --calibration-text, or shorter --lengths"
+        )
+    apart = 2 if searched else 1
+    data = [sample(piece.input_ids) for genre in genres for piece in genre[::apart]]
+    console.print(f"calibrating on {len(data)} documents")
+    calibration = bsfa.calibrate(loaded.model, data, progress=False)
+    rules = {}
+    for target in settings.targets:
+        if isinstance(target, bsfa.Quality):
+            console.print(f"searching for {target} on {len(own)} documents")
+            goal = replace(target, scored=min(target.scored, longest - 1))
+            found = bsfa.search(loaded.model, calibration, goal, own, progress=False)
+            console.print(str(found.proof), highlight=False)
+        else:
+            found = calibration.thresholds(target)
+        rules[repr(target)] = found
+    return rules, drawn
 
 
 def pieces(

@@ -14,6 +14,7 @@ def markdown(evaluation: Evaluation) -> str:
     e = evaluation
     versions = ", ".join(f"{name} {value}" for name, value in e.versions.items())
     parts = [f"# {e.model}\n\n{e.device}; {versions}; seed {e.seed}."]
+    parts += [f"Searched for {name}: {proof}." for name, proof in e.proofs.items()]
     for length, documents in e.documents.items():
         points = [point for point in e.points if point.length == length]
         parts.append(

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bsfa_compile.calibrate import Budget, Calibration, Sparsity, Target, Thresholds, TopK
+from bsfa_compile.calibrate import Budget, Quality, Sparsity, Target, Thresholds, TopK
 from bsfa_compile.errors import InputError
 
-_KINDS: dict[str, Callable[[str], Target]] = {
+_KINDS: dict[str, Callable[[str], Target | Quality]] = {
     "budget": lambda value: Budget(float(value)),
     "sparsity": lambda value: Sparsity(float(value)),
     "topk": lambda value: TopK(int(value)),
+    "nll": lambda value: Quality(nll=float(value)),
+    "kl": lambda value: Quality(kl=float(value)),
 }
 
 
-def parse_targets(text: str) -> list[Target]:
-    """Targets from "budget=0.03,sparsity=0.7,topk=16". Raises InputError for anything else."""
+def parse_targets(text: str) -> list[Target | Quality]:
+    """Targets from "budget=0.03,sparsity=0.7,nll=0.01". Raises InputError for anything else."""
     found = []
     for part in filter(None, text.split(",")):
         kind, _, value = part.strip().partition("=")
@@ -24,17 +26,15 @@ def parse_targets(text: str) -> list[Target]:
             found.append(_KINDS[kind](value))
         except (KeyError, ValueError) as error:
             raise InputError(
-                f"--targets: {part!r} is none; wanted budget=EPS, sparsity=FRACTION or topk=K, "
-                "separated by commas"
+                f"--targets: {part!r} is none; wanted budget=EPS, sparsity=FRACTION, topk=K, "
+                "nll=NATS or kl=NATS, separated by commas"
             ) from error
     return found
 
 
-def solved(
-    calibration: Calibration | None, targets: Sequence[Target], files: Sequence[Path]
-) -> dict[str, Thresholds]:
-    """Rule name -> thresholds: of every target, from the calibration, and of every file."""
-    rules = {} if calibration is None else {repr(t): calibration.thresholds(t) for t in targets}
+def from_files(files: Sequence[Path]) -> dict[str, Thresholds]:
+    """Rule name -> thresholds of a file."""
+    rules = {}
     for path in files:
         try:
             rules[path.stem] = Thresholds.load(path)

@@ -2,6 +2,7 @@
 
 Thresholds and counters are the buffers that `apply` puts on an attention module. Without them,
 and while a graph is traced, this is transformers' "sdpa": the graph passes see it and rewrite it.
+Calibration is told of every call (`observing.py`), so that it need not trace.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from bsfa_compile.huggingface import observing
 from bsfa_compile.huggingface.masks import LazyMask, Structure, make_mask
 from bsfa_compile.ops import library
 from bsfa_compile.ops.call import lse_dtype
@@ -45,7 +47,12 @@ def attention(
     Block-sparse where the module has thresholds and the mask is understood; else dense, and the
     reason goes to the model's report. Decoding is dense.
     """
-    if not torch.compiler.is_compiling() and query.shape[2] > 1 and _THRESHOLDS in module._buffers:
+    eager = not torch.compiler.is_compiling() and query.shape[2] > 1
+    if eager and observing.watched():
+        mask = _structure_of(module, attention_mask, is_causal)
+        reason = _why_dense(module, mask, dropout, options)
+        observing.tell(module, query, key, mask, reason, softcap=softcap, scale=scaling)
+    if eager and _THRESHOLDS in module._buffers:
         state = state_of(module)
         if state is not None:
             mask = _structure_of(module, attention_mask, is_causal)

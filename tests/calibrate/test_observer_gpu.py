@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bsfa_compile.calibrate.statistics import UNIT, SiteStatistics
+from bsfa_compile.calibrate.grid import UNIT
+from bsfa_compile.calibrate.statistics import SiteStatistics
 from bsfa_compile.ops.tiles import Geometry
 
 pytestmark = [

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bsfa_compile.calibrate.grid import EDGES
 from bsfa_compile.calibrate.predict import predict
 from bsfa_compile.calibrate.solve import Budget, Sparsity, Target, TopK, solve
-from bsfa_compile.calibrate.statistics import EDGES, SiteStatistics
+from bsfa_compile.calibrate.statistics import SiteStatistics
 from bsfa_compile.errors import CalibrationError, InputError
 from bsfa_compile.ops import reference
 from bsfa_compile.ops.tiles import Geometry

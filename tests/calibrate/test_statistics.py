@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bsfa_compile.calibrate import measure
-from bsfa_compile.calibrate.statistics import BINS, EDGES, UNIT, ZERO_EDGE, SiteStatistics
+from bsfa_compile.calibrate.grid import BINS, EDGES, UNIT, ZERO_EDGE
+from bsfa_compile.calibrate.statistics import SiteStatistics
 from bsfa_compile.errors import CalibrationError
 from bsfa_compile.ops.tiles import Geometry
 

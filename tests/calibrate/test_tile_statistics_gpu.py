@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bsfa_compile.calibrate.grid import EDGES
 from bsfa_compile.calibrate.measure import measure
 from bsfa_compile.calibrate.solve import Budget, TopK, solve
-from bsfa_compile.calibrate.statistics import EDGES, SiteStatistics
+from bsfa_compile.calibrate.statistics import SiteStatistics
 from bsfa_compile.ops import tile_statistics
 from bsfa_compile.ops.tiles import Geometry
 

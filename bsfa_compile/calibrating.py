@@ -1,0 +1,125 @@
+"""Run a model on data and collect what thresholds for any target are solved from."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from rich.progress import Progress
+from torch import distributed as dist
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from bsfa_compile import listing, modules, traced
+from bsfa_compile.calibrate.calibration import Calibration
+from bsfa_compile.calibrate.data import Call, Samples, device_of, move, samples
+from bsfa_compile.calibrate.fingerprint import fingerprint
+from bsfa_compile.calibrate.observer import Observer
+from bsfa_compile.errors import CalibrationError
+from bsfa_compile.ops.tiles import BLOCK_K, BLOCK_Q
+from bsfa_compile.passes.rewrite import Rule
+from bsfa_compile.state import refuse
+
+
+def calibrate(
+    model: nn.Module | fx.GraphModule | ExportedProgram,
+    calib_data: object,
+    *,
+    sink_tiles: int = 0,
+    block_q: int = BLOCK_Q,
+    block_k: int = BLOCK_K,
+    max_k: int = 128,
+    strict: bool = False,
+    progress: bool = True,
+    group: dist.ProcessGroup | None = None,
+) -> Calibration:
+    """Run a model on data and collect what thresholds for any target are solved from.
+
+    The model runs in eval mode without gradients and is unchanged afterwards. calib_data: see
+    `optimize`. sink_tiles: leading tiles always kept; 0 loses least under the relative gate and is
+    the paper's rule under the absolute one, where 1 loses far less (docs/method.md). max_k: the
+    largest k of a later TopK. group: a torch.distributed group (such as
+    dist.group.WORLD) whose ranks each calibrate on their own share of the data; all get the whole.
+    Raises CalibrationError for empty data, UnsupportedError if strict and a site is not supported.
+    """
+    rule = Rule(sink_tiles=sink_tiles, block_q=block_q, block_k=block_k)
+    data = samples(calib_data)
+    calibration, _ = calibrated(model, data, rule, max_k=max_k, progress=progress)
+    if group is not None:
+        calibration = calibration.gathered(group)
+    if strict:
+        refuse(calibration.dense)
+    return calibration
+
+
+def calibrated(
+    model: nn.Module | fx.GraphModule | ExportedProgram,
+    data: Samples,
+    rule: Rule,
+    *,
+    max_k: int,
+    progress: bool,
+) -> tuple[Calibration, Call]:
+    """The calibration, and the first sample."""
+    calls = iter(data)
+    first = next(calls, None)
+    if first is None:
+        raise CalibrationError("the calibration data are empty: pass at least one model input")
+    with Observer(max_k=max_k) as observer:
+        if isinstance(model, traced.Traced):
+            with traced.watching(model, observer, rule, first) as (program, dense):
+                count = _run(program, first, calls, _length(data), progress)
+        else:
+            with (
+                modules.watching(modules.plain(model), observer, rule) as watcher,
+                listing.breaks() as broken,
+            ):
+                count = _run(model, first, calls, _length(data), progress)
+            dense = {n: why for n, why in watcher.dense.items() if n not in watcher.sparse}
+            if broken:
+                dense |= modules.untraced(model, first, watcher)
+        found, wrong = observer.statistics, observer.mismatches
+        uncalled = tuple(name for name, n in observer.calls.items() if not n and name not in dense)
+    for name, why in wrong.items():
+        found.pop(name, None)
+        dense[name] = f"verified at calibration: {why}"
+        warnings.warn(
+            f"{name} stays dense: {why}. Please report it: attention was misread", stacklevel=3
+        )
+    refused = {name: site.refused for name, site in found.items() if site.refused}
+    if refused:
+        warnings.warn(
+            f"{max(refused.values())} samples had queries or keys that are not finite, at "
+            f"{len(refused)} sites from {next(iter(refused))} on: they were left out",
+            stacklevel=3,
+        )
+    calibration = Calibration(
+        sites=found,
+        samples=count,
+        uncalled=uncalled,
+        dense=dense,
+        fingerprint=fingerprint(model),
+    )
+    return calibration, first
+
+
+def _run(program: nn.Module, first: Call, rest: Any, total: int | None, progress: bool) -> int:
+    """Run the program on every sample, moved to where it computes; how many there were."""
+    device, count = device_of(program), 0
+    with Progress(transient=True, disable=not progress) as bar:
+        task = bar.add_task("calibrating", total=total)
+        call: Call | None = first
+        while call is not None:
+            args, kwargs = move(call, device)
+            program(*args, **kwargs)
+            count += 1
+            bar.advance(task)
+            call = next(rest, None)
+    return count
+
+
+def _length(data: Samples) -> int | None:
+    try:
+        return len(data)
+    except TypeError:  # a stream
+        return None
