@@ -15,6 +15,7 @@ from bsfa_compile.calibrate.calibration import Calibration
 from bsfa_compile.calibrate.fingerprint import unwrap
 from bsfa_compile.calibrate.thresholds import ROOT, Thresholds
 from bsfa_compile.errors import UnsupportedError
+from bsfa_compile.ops import library
 from bsfa_compile.passes.eligible import DECODE
 from bsfa_compile.passes.rewrite import Rule
 
@@ -114,8 +115,9 @@ class State:
             self.warned = True
             warnings.warn(
                 f"{what} runs outside the compiled graph, so its attention is dense: a graph "
-                "break around it, torch.compiler.disable, a direct call of model.forward, or the "
-                "recompile limit (torch._dynamo.config.recompile_limit)",
+                "break around it, torch.compiler.disable, a direct call of model.forward, the "
+                "recompile limit (torch._dynamo.config.recompile_limit), or a backend of "
+                'torch.compile other than "bsfa"',
                 stacklevel=3,
             )
 
@@ -173,7 +175,11 @@ def known_modules() -> dict[int, nn.Module]:
 def attends_by_itself(module: nn.Module) -> bool:
     """Whether transformers calls our attention function for it: attn_implementation="bsfa"."""
     config = getattr(module, "config", None)
-    return getattr(config, "_attn_implementation", None) == "bsfa"
+    if config is None:
+        return False
+    # What the property reads, which takes 2 us at every layer of every token.
+    quick = vars(config).get("_attn_implementation_internal") == "bsfa"
+    return quick or getattr(config, "_attn_implementation", None) == "bsfa"
 
 
 def ran_eager(module: nn.Module) -> None:
@@ -182,3 +188,16 @@ def ran_eager(module: nn.Module) -> None:
     if state is not None and not attends_by_itself(module):
         state.calls["eager"] += 1
         state.warn_eager(state.names.get(id(module), type(module).__name__))
+
+
+def _ran_unread(counters: Tensor) -> None:
+    """Called where a graph runs a site that another backend than ours compiled."""
+    for state in set(_STATES.values()):
+        for name in state.homes:
+            held = state.buffers(name)
+            if held is not None and held[1].data_ptr() == counters.data_ptr():
+                state.calls["eager"] += 1
+                state.warn_eager(name)
+
+
+library.when_unread.append(_ran_unread)

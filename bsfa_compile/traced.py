@@ -77,7 +77,7 @@ def watching(
         annotate(gm, sample)
     sites = find(gm)
     good = [s for s in sites if s.reason is None and s.node.graph is gm.graph]
-    handles = observer.open([name_of(s) for s in good], device=device_of(gm, torch.device("cpu")))
+    handles = observer.open([name_of(s) for s in good])
     chosen = {}
     for i, site in enumerate(good):
         gm.register_buffer(names("observer", i), handles[name_of(site)], persistent=False)

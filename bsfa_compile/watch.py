@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from bsfa_compile.calibrate.data import device_of
 from bsfa_compile.calibrate.observer import Observer
 from bsfa_compile.install import UNSEEN, Retrace, mark_of, module_id, name_of
 from bsfa_compile.passes.attach import announcer, attach, erase, markers, names
@@ -32,7 +30,6 @@ class Watcher:
         self.sparse: set[str] = set()
         self.dense: dict[str, str] = {}
         self._calls: dict[int, int] = {}
-        self._default = device_of(model, torch.device("cpu"))
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
         marks = markers(gm)
@@ -68,9 +65,7 @@ class Watcher:
             old = range(self._calls.get(i, 0))
             kept = {names("observer", n): getattr(module, names("observer", n)) for n in old}
             new = [n for n in range(calls) if n not in old]
-            handles = self.observer.open(
-                [site_name(name, n) for n in new], device=device_of(module, self._default)
-            )
+            handles = self.observer.open([site_name(name, n) for n in new])
             kept |= {names("observer", n): handles[site_name(name, n)] for n in new}
             attach(module, kept, announcer(tuple((buffer, buffer) for buffer in kept)))
             self._calls[i] = calls

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 import bsfa_compile as bsfa
+from bsfa_compile.backend import Inner
 from bsfa_compile.calibrate import Thresholds
 from tests import toy, zoo
 
@@ -117,6 +119,23 @@ def test_prefill_is_sparse_and_decode_is_dense(path: str) -> None:
     if path == "graph":
         assert report.calls["decode"] == 2 * (NEW - 1)
     assert report.coverage == 1.0
+
+
+def test_a_decode_graph_is_that_of_the_untouched_model() -> None:
+    """Nothing of ours is among its inputs: fetching them would cost time at every token."""
+    given, graphs = prompt("llama", padded=False), []
+    compile_ = Inner.__call__
+
+    def compiled(self: Inner, gm: fx.GraphModule, inputs: Any) -> Any:
+        taken = [n.name for n in gm.graph.nodes if n.op == "placeholder" and "bsfa" in n.name]
+        graphs.append((len(taken), any("bsfa" in str(n.target) for n in gm.graph.nodes)))
+        return compile_(self, gm, inputs)
+
+    model = optimized("llama", "graph", -0.02)
+    with mock.patch.object(Inner, "__call__", compiled):
+        tokens(model, given, {})
+    assert graphs[0] == (4, True)
+    assert graphs[-1] == (0, False)
 
 
 @pytest.mark.gpu

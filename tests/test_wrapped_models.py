@@ -104,8 +104,35 @@ def test_weights_offloaded_by_accelerate() -> None:
     assert torch.allclose(zoo.output(model, given), wanted)
     assert bsfa.report(model).calls == {"sparse": 2}
     assert toy.skipped(model) == pytest.approx(toy.skipped(usual))
-    again = bsfa.calibrate(bsfa.revert(model), given, progress=False)
+    again = bsfa.calibrate(bsfa.revert(model), given, **toy.BLOCKS, progress=False)
+    assert list(again.sites) == list(calibration.sites)
+    model = accelerate.cpu_offload(llama("graph"), execution_device=torch.device("cpu"))
+    again = bsfa.calibrate(model, given, progress=False)
     assert not again.sites and all("mask" in why for why in again.dense.values())
+
+
+@pytest.mark.parametrize("hooks", ["every module", "every block"])
+def test_device_map_over_several_devices(hooks: str) -> None:
+    """As above; several devices are acted: accelerate's hooks are there, on one."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    given = zoo.inputs("llama", 100)
+    for path in PATHS:
+        torch._dynamo.reset()
+        model = llama(path)
+        if hooks == "every module":
+            names = [n for n, m in model.named_modules() if n and not list(m.children())]
+            accelerate.dispatch_model(model, dict.fromkeys(names, "cpu"), "cpu", force_hooks=True)
+        else:
+            for part in (model, *model.model.layers):
+                hook = accelerate.hooks.AlignDevicesHook(execution_device="cpu")
+                accelerate.hooks.add_hook_to_module(part, hook)
+        if path == "door":
+            check(model, given, path)
+            continue
+        calibration = bsfa.calibrate(model, given, progress=False)
+        assert not calibration.sites
+        assert set(zoo.ZOO["llama"].sites) <= set(calibration.dense)
+        assert all("input of the graph" in why for why in calibration.dense.values())
 
 
 @pytest.mark.parametrize("path", PATHS)

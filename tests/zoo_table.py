@@ -26,7 +26,7 @@ table anew and fails if anything in it is not as `tests/zoo_*.py` say it must be
   in its standard deviations; *padded*: the same with left padding, where the model takes any.
   gemma2, gptj and codegen compute their softmax in float32 whatever their weights are.
 - *generate*: whether greedy generation with a cache gives the same tokens, padded and not. Steps
-  of one token are dense by design; so is an encoder that `generate` calls by itself.
+  of one token are dense by design.
 - *skipped*: tiles dropped at thresholds that drop some, by the relative gate. Where masks are
   plain, the output there was compared with the reference's too, for both gates.
 

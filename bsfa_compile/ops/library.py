@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.node import has_side_effect
 
 from bsfa_compile.errors import BsfaError
 from bsfa_compile.ops import dispatch
@@ -100,8 +101,20 @@ def _attend_backward(
     return dispatch.attend_backward(grad_out, grad_lse, q, k, v, out, lse, tile_mask, call)
 
 
+when_unread: list[Callable[[Tensor], None]] = []  # told the counters of markers that are run
+
+
 def _site(thresholds: Tensor, counters: Tensor) -> None:
-    """A marker that a compiler pass reads: which buffers belong to the module being traced."""
+    """A marker that our compiler passes read and erase: the buffers of the module being traced.
+
+    It runs only in what another compiler made, where attention is dense.
+    """
+    for tell in when_unread:
+        tell(counters)
+
+
+def _fake_site(*args: object) -> None:
+    """Shapes: nothing comes back."""
 
 
 def _outputs(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
@@ -209,6 +222,7 @@ for _name, _function in _REAL.items():
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("attention_v1", _autocast_attention, f"Autocast{_device}")
 _LIBRARY.impl("site_v1", _site, "CompositeExplicitAutograd")
+torch.library.register_fake("bsfa::site_v1", _fake_site, lib=_LIBRARY)
 torch.library.register_autograd(
     "bsfa::attention_v1", _attention_backward, setup_context=_attention_context, lib=_LIBRARY
 )
@@ -222,3 +236,4 @@ gate = torch.ops.bsfa.gate_v1.default
 attend = torch.ops.bsfa.attend_v1.default
 attend_backward = torch.ops.bsfa.attend_backward_v1.default
 site = torch.ops.bsfa.site_v1.default
+has_side_effect(site)  # else compilers would delete it

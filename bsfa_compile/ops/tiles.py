@@ -29,8 +29,12 @@ def mask_rows(q_len: int, block_q: int = BLOCK_Q) -> int:
 
 
 def mask_words(k_len: int, block_k: int = BLOCK_K) -> int:
-    """Words (int32, 32 tiles each) in one row of a packed tile mask."""
-    return (-(-k_len // block_k) + WORD - 1) // WORD
+    """Words (int32, 32 tiles each) in one row of a packed tile mask.
+
+    At least two: torch.export would hold a number of words that may be 1 for constant.
+    """
+    words: int = torch.sym_max((-(-k_len // block_k) + WORD - 1) // WORD, 2)
+    return words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +162,7 @@ def unpadded_tiles(
 
 def pack(tiles: Tensor) -> Tensor:
     """Pack a bool tile mask [B, H, q_blocks, k_blocks] into int32 words, tile 0 in bit 0."""
-    words = -(-tiles.shape[-1] // WORD)
+    words = mask_words(tiles.shape[-1], 1)
     padded = torch.nn.functional.pad(tiles, (0, words * WORD - tiles.shape[-1]))
     bits = padded.unflatten(-1, (words, WORD)).to(torch.int64)
     packed = (bits << torch.arange(WORD, device=tiles.device)).sum(-1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,12 +33,23 @@ class Announce:
     pairs: tuple[tuple[str, str], ...]
     eager: Callable[[nn.Module], None] | None = None
 
-    def __call__(self, module: nn.Module, args: object) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if torch.compiler.is_compiling():
-            for first, second in self.pairs:
-                library.site(getattr(module, first), getattr(module, second))
+            if not _one_token(module, args, kwargs):
+                for first, second in self.pairs:
+                    library.site(getattr(module, first), getattr(module, second))
         elif self.eager is not None:
             self.eager(module)
+
+
+def _one_token(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a module of transformers decodes: its hidden states are [batch, 1, width].
+
+    Its attention is dense then, and buffers that nobody needs cost time at every token.
+    """
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    single = isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[1] == 1
+    return single and hasattr(getattr(module, "config", None), "_attn_implementation")
 
 
 @functools.cache
@@ -58,7 +70,7 @@ def attach(module: nn.Module, buffers: Mapping[str, Tensor], hook: Announce) -> 
     detach(module)
     for name, value in buffers.items():
         module.register_buffer(name, value, persistent=False)
-    module.register_forward_pre_hook(hook)
+    module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def detach(module: nn.Module) -> None:
@@ -68,6 +80,7 @@ def detach(module: nn.Module) -> None:
     hooks = module._forward_pre_hooks
     for key in [k for k, hook in hooks.items() if isinstance(hook, Announce)]:
         del hooks[key]
+        del module._forward_pre_hooks_with_kwargs[key]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bsfa_compile.errors import InputError
-from bsfa_compile.ops import dense, dispatch, library, reference
+from bsfa_compile.ops import crossover, dense, dispatch, library, reference
 from bsfa_compile.ops.attention import block_sparse_attention
 from bsfa_compile.ops.call import Call
+from bsfa_compile.ops.crossover import Crossover
 from bsfa_compile.ops.tiles import Geometry, pack, unpack
 from tests.ops.cases import Case, assert_close, cases
 from tests.ops.paths import Path, every_path
@@ -186,14 +188,12 @@ def test_some_heads_sparse_and_some_dense() -> None:
     assert thresholds is not None
     sinks = sinks_of(CASE)
     call = Call(**{**vars(CASE.call()), "sinks": sinks})
-    with (
-        mock.patch.object(dispatch, "CPU_TOKENS", 1),
-        mock.patch.object(dispatch, "CPU_SKIPPED", 0.0),
-    ):
+    always = Crossover(tokens=0)
+    with mock.patch.object(crossover, "of", lambda _: always):
         every = dispatch.attention(q, k, v, call, CASE.gate(thresholds), dense_if_faster=True)
     skipped = torch.tensor([1.0, 1.0, 0.0, 0.0])
     with (
-        mock.patch.object(dispatch, "CPU_TOKENS", 1),
+        mock.patch.object(crossover, "of", lambda _: replace(always, skipped=0.5)),
         mock.patch.object(dispatch, "_sampled_skip", lambda *args: skipped),
     ):
         found = dispatch.attention(q, k, v, call, CASE.gate(thresholds), dense_if_faster=True)

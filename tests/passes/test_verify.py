@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bsfa_compile as bsfa
+from bsfa_compile.calibrate import verify
 from bsfa_compile.passes import sites
 from bsfa_compile.passes.masks import Meaning
 from tests import toy
@@ -115,3 +116,37 @@ def test_rows_that_see_nothing_are_not_compared() -> None:
     calibration = bsfa.calibrate(Padded(), data, **toy.BLOCKS, progress=False)
     assert calibration.dense == {}
     assert len(calibration.sites) == 1
+
+
+class Layers(nn.Module):
+    """Three attentions under one mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        row, column = torch.arange(x.shape[1])[:, None], torch.arange(x.shape[1])[None]
+        shown = column <= row
+        for _ in range(3):
+            q = toy.heads(x)
+            y = F.scaled_dot_product_attention(q, q, q, attn_mask=shown)
+            x = x + y.transpose(1, 2).flatten(2)
+        return x
+
+
+def test_outputs_are_compared_once_and_a_shared_mask_once_an_input() -> None:
+    with (
+        mock.patch.object(verify, "_error", wraps=verify._error) as compared,
+        mock.patch.object(verify, "_Compared", wraps=verify._Compared) as masks,
+    ):
+        data = [toy.sample(80, seed=seed) for seed in range(4)]
+        calibration = bsfa.calibrate(Layers(), data, **toy.BLOCKS, progress=False)
+    assert len(calibration.sites) == 3 and calibration.dense == {}
+    assert compared.call_count == 3
+    assert masks.call_count == 4
+
+
+def test_a_mask_that_is_misread_on_a_later_input_only_is_found() -> None:
+    """The mask is checked on every input: here a window that the first input is too short for."""
+    module, data = model(written=False), [toy.sample(n) for n in (20, 80)]
+    with misread(window=None), pytest.warns(UserWarning, match="misread"):
+        calibration = bsfa.calibrate(module, data, **toy.BLOCKS, progress=False)
+    assert calibration.sites == {}
+    assert "mask" in next(iter(calibration.dense.values()))
