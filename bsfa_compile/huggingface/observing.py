@@ -75,7 +75,7 @@ class EagerWatcher:
             return
         self.sparse.add(name)
         if name not in self._handles:
-            self._handles |= self._observer.open([name], device=q.device)
+            self._handles |= self._observer.open([name])
         rule = self._rule
         torch.ops.bsfa.observe_v1(
             q,

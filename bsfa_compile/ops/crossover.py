@@ -37,8 +37,8 @@ class Crossover:
 
 
 # By the device's name, else its type. The CPU's: two cores of an AMD EPYC, float32, 2026-11-23
-# (benchmarks/cpu.py). CUDA's: an H100 at 16k tokens gains 1.10 over SDPA with 25 % skipped, same
-# day (docs/kernel.md); half of that length is a guess on the safe side.
+# (benchmarks/cpu.py). CUDA's: an H100 at 8k tokens gains 1.07 over SDPA with 25 % skipped, same
+# day (docs/kernel.md); shorter was not measured.
 SHIPPED = {
     "cpu": Crossover(tokens=2048, skipped=0.65),
     "cuda": Crossover(tokens=8192),
