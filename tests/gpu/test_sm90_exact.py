@@ -14,32 +14,13 @@ from hypothesis import strategies as st
 from bsfa_compile.ops import gate as gating
 from bsfa_compile.ops import sm90_plan
 from bsfa_compile.ops.tiles import unpack
-from tests.gpu.test_sm90 import CLOSE, FP16, INF, NAN, Case, Run
+from tests.gpu.sm90_cases import CLOSE, FP16, INF, NAN, RELATIVE, Case, Run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
 
-RELATIVE = [
-    Case(),
-    Case(threshold=0.0, q_len=1100, kv_heads=1),
-    Case(threshold=0.2, q_len=700),
-    Case(dtype=FP16, q_len=700),
-    Case(d=64, q_len=900),
-    Case(d=80, threshold=-0.3, q_len=700),
-    Case(d=192, dv=128, threshold=0.0, q_len=700),
-    Case(d=256, threshold=0.0, q_len=900),
-    Case(q_start=77, q_len=500),
-    Case(q_start=1000, q_len=130, on_device=True),
-    Case(q_start=1000, q_len=1),
-    Case(heads=3, kv_heads=3, q_len=700, batch=2),
-    Case(heads=7, kv_heads=1, threshold=0.0, q_len=700),
-    Case(heads=6, columns=3, q_len=700),
-    Case(heads_first=True, q_len=600, k_len=500),
-    Case(sinks=3, threshold=0.0, q_len=900),
+RELATIVE_TOO = [
     Case(sinks=0, threshold=0.2, q_len=2200, kv_heads=1),
-    Case(causal=False, threshold=-0.1, q_len=300, k_len=777),
-    Case(softcap=20.0, threshold=0.0, q_len=700),
     Case(softcap=20.0, threshold=0.0, q_len=1100, d=192, kv_heads=1),
-    Case(padding=-70, batch=2, q_len=700),
 ]
 # Thresholds amid the tiles' maxima, so that int8 leaves some of them open.
 ABSOLUTE = [
@@ -62,7 +43,7 @@ ABSOLUTE = [
     Case(threshold=4.6, padding=-70, batch=2, q_len=700),
     Case(threshold=4.6, padding=70, batch=2, q_len=700, causal=False),
 ]
-CASES = [dataclasses.replace(c, precision="exact") for c in RELATIVE]
+CASES = [dataclasses.replace(c, precision="exact") for c in (*RELATIVE, *RELATIVE_TOO)]
 CASES += [dataclasses.replace(c, precision="exact", rule="absolute") for c in ABSOLUTE]
 RULES = [
     Case(precision="exact", threshold=-0.3, q_len=900),
