@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bsfa_compile.calibrate.measure import measure
+from bsfa_compile.calibrate.operators import watching
 from bsfa_compile.calibrate.statistics import SiteStatistics
 from bsfa_compile.errors import CalibrationError
 from bsfa_compile.ops.tiles import Geometry
@@ -201,16 +202,10 @@ def _statistics_of(slot: _Slot, q: Tensor, geometry: Geometry) -> SiteStatistics
     return known if known.counts.device == q.device else known.to(q.device)
 
 
-def _observe_fake(*args: object) -> None:
-    """Shapes: nothing comes back."""
-
-
-_library = torch.library.Library("bsfa", "FRAGMENT")
-_library.define(
-    "observe_v1(Tensor q, Tensor k, Tensor? key_padding_mask, Tensor? q_start_tensor, "
-    "SymInt q_start, bool is_causal, SymInt? window, float? softcap, float? scale, "
-    "int sink_tiles, int block_q, int block_k, Tensor(a!) handle) -> ()",
-    tags=(torch.Tag.cudagraph_unsafe,),
+watching(
+    "observe_v1",
+    "Tensor q, Tensor k, Tensor? key_padding_mask, Tensor? q_start_tensor, SymInt q_start, "
+    "bool is_causal, SymInt? window, float? softcap, float? scale, int sink_tiles, int block_q, "
+    "int block_k",
+    _observe,
 )
-_library.impl("observe_v1", _observe, "CompositeExplicitAutograd")
-torch.library.register_fake("bsfa::observe_v1", _observe_fake, lib=_library)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bsfa_compile.calibrate import observer
+from bsfa_compile.calibrate.operators import watching
 from bsfa_compile.ops import library
 
 # Largest relative error (Frobenius norm, per batch row and head) that rounding explains: written
@@ -152,16 +153,10 @@ def _error(out: Tensor, wanted: Tensor, lse: Tensor) -> Tensor:
     return torch.where(any_seen, worst, torch.inf)
 
 
-def _verify_fake(*args: object) -> None:
-    """Shapes: nothing comes back."""
-
-
-_library = torch.library.Library("bsfa", "FRAGMENT")
-_library.define(
-    "verify_v1(Tensor out, Tensor q, Tensor k, Tensor v, Tensor[] masks, "
-    "Tensor? key_padding_mask, Tensor? q_start_tensor, SymInt q_start, bool is_causal, "
-    "SymInt? window, float? softcap, float? scale, Tensor? sinks, Tensor(a!) handle) -> ()",
-    tags=(torch.Tag.cudagraph_unsafe,),
+watching(
+    "verify_v1",
+    "Tensor out, Tensor q, Tensor k, Tensor v, Tensor[] masks, Tensor? key_padding_mask, "
+    "Tensor? q_start_tensor, SymInt q_start, bool is_causal, SymInt? window, float? softcap, "
+    "float? scale, Tensor? sinks",
+    _verify,
 )
-_library.impl("verify_v1", _verify, "CompositeExplicitAutograd")
-torch.library.register_fake("bsfa::verify_v1", _verify_fake, lib=_library)
