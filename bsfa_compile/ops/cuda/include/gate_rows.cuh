@@ -184,11 +184,8 @@ DEVICE bool may_pass(const Scale& p, const int (&x)[TILES][2], const Row (&row)[
   return !(reach[0] < row[0].bound()) || !(reach[1] < row[1].bound());
 }
 
-// Decides the tiles of one block in visiting order, the last first. Returns the tiles that pass for
-// this lane's rows. all: skip the vote on the whole block.
-template <int TILES>
-DEVICE u32 decide(const Scale& p, int (&x)[TILES][2], Row (&row)[2], u32 meta, bool all) {
-  if (!__any_sync(FULL_WARP, all || SOFTCAP || may_pass(p, x, row, meta))) return 0;
+// Gives the four lanes of a quad the same row maxima.
+template <int TILES> DEVICE void share_maxima(int (&x)[TILES][2]) {
 #pragma unroll
   for (int lanes = 1; lanes <= 2; lanes++)
 #pragma unroll
@@ -196,6 +193,14 @@ DEVICE u32 decide(const Scale& p, int (&x)[TILES][2], Row (&row)[2], u32 meta, b
 #pragma unroll
       for (int r = 0; r < 2; r++)
         x[t][r] = max(x[t][r], __shfl_xor_sync(FULL_WARP, x[t][r], lanes));
+}
+
+// Decides the tiles of one block in visiting order, the last first. Returns the tiles that pass for
+// this lane's rows. all: skip the vote on the whole block.
+template <int TILES>
+DEVICE u32 decide(const Scale& p, int (&x)[TILES][2], Row (&row)[2], u32 meta, bool all) {
+  if (!__any_sync(FULL_WARP, all || SOFTCAP || may_pass(p, x, row, meta))) return 0;
+  share_maxima(x);
   u32 bits = 0;
 #pragma unroll
   for (int t = TILES - 1; t >= 0; t--) {

@@ -75,13 +75,7 @@ DEVICE float2 raise_within(const Scale& p, Row& row, float scale_k, float norm_k
 template <int TILES>
 DEVICE u32 sift(const Scale& p, int (&x)[TILES][2], Row (&row)[2], u32 meta, bool all) {
   if (!__any_sync(FULL_WARP, all || SOFTCAP || may_pass(p, x, row, meta))) return 0;
-#pragma unroll
-  for (int lanes = 1; lanes <= 2; lanes++)
-#pragma unroll
-    for (int t = 0; t < TILES; t++)
-#pragma unroll
-      for (int r = 0; r < 2; r++)
-        x[t][r] = max(x[t][r], __shfl_xor_sync(FULL_WARP, x[t][r], lanes));
+  share_maxima(x);
   u32 bits = 0;
 #pragma unroll
   for (int t = TILES - 1; t >= 0; t--) {
