@@ -4,15 +4,17 @@
 
 Rules (rules.py): the paper's (absolute maxima, an equal count kept in every head and query block),
 the same with the sink tile kept, relative maxima by equal count, relative maxima by equal lost mass
-(the default; thresholds at most 0), one threshold for all heads (as in BLASST), int8 instead of
-exact decisions, none or two sink tiles, other tile shapes, lost mass spread by what it costs in
-each site (as for a Quality), and an oracle that knows every tile's softmax mass (oracle.py).
+("by mass, no sink" is the default; thresholds at most 0), one threshold for all heads (as in
+BLASST), int8 instead of exact decisions, none or two sink tiles, other tile shapes, lost mass
+spread by what it costs in each site (as for a Quality), and an oracle that knows every tile's
+softmax mass (oracle.py).
 Thresholds come from texts of their own, one calibration for each number of sink tiles and tile
 shape, and are solved to drop the same share of the calibration data; what they drop and lose is
 then measured on held-out prose and code with facts hidden in them that are asked for at the end.
-Shares are of the tiles that no mask edge cuts, sink tiles counted, so that equal shares are equally
-many tiles whatever the sink. Intervals are the bootstrap's over documents. Writes JSON after every
-measurement, Markdown and a plot after every length. The model runs without torch.compile.
+Shares are of the scores in 128 x 64 tiles that no mask edge cuts, sink tiles counted, so that equal
+shares are equally many scores whatever the sink and the shape. Intervals are the bootstrap's over
+documents. Rules are measured in the order given; JSON is written after every measurement, Markdown
+and a plot after every length. The model runs without torch.compile.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 import bsfa_compile as bsfa
 from benchmarks.oracle import attending
-from benchmarks.rules import COST, NAMES, ORACLE, RULES, Rule, Setting, by_cost, candidates
+from benchmarks.rules import BARE, COST, NAMES, ORACLE, RULES, Rule, Setting, by_cost, candidates
 from bsfa_compile.evaluate import corpora
 from bsfa_compile.evaluate.intervals import METHODS
 from bsfa_compile.evaluate.judge import Judge, facts_found, losses, tiles, use
@@ -45,7 +48,10 @@ from bsfa_compile.ops.tiles import BLOCK_K
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A rule at one length: `asked` and `dropped` are shares of all uncut tiles."""
+    """A rule at one length: `asked` and `dropped` are shares of the scores in uncut tiles.
+
+    by_document: (genre, change of NLL, KL) of each, in the same order for every rule.
+    """
 
     rule: str
     target: str
@@ -53,6 +59,7 @@ class Measured:
     asked: float
     dropped: float
     losses: tuple[Loss, ...]
+    by_document: tuple[tuple[str, float, float], ...]
     found: float
     dense_found: float
 
@@ -89,15 +96,20 @@ def compare_rules(
             )
         return calibrations[setting]
 
-    def measured(rule: str, target: str, share: float, dropped: Callable[[], float]) -> Measured:
+    def measured(
+        rule: str, target: str, share: float, dropped: Callable[[], float], tile: float = 1.0
+    ) -> Measured:
         judged = judge.documents()
         found = Measured(
             rule=rule,
             target=target,
             length=length,
             asked=share,
-            dropped=dropped() / (uncut / len(data) * len(documents)),
+            dropped=dropped() * tile / (uncut / len(data) * len(documents)),
             losses=losses(judged),
+            by_document=tuple(
+                (one.genre, one.comparison.delta_nll, one.comparison.kl) for one in judged
+            ),
             found=facts_found(judged),
             dense_found=judge.dense_found,
         )
@@ -111,23 +123,30 @@ def compare_rules(
 
     probe = {"input_ids": data[0]["input_ids"]}
     solve = by_cost(loaded.model, probe, settings.scored)
-    by_price = Rule(name=COST, solve=solve, setting=Setting().bare)
-    for rule in (*RULES, by_price):
-        if rule.name in given.rules:
-            uncut = candidates(calibrated(rule.setting.bare))
-            for share in asked:
-                thresholds = rule.solve(calibrated(rule.setting), share * uncut)
-                thresholds = replace(thresholds, precision=rule.precision)
-                use(loaded.model, thresholds, settings.inner)
-                yield measured(rule.name, thresholds.target, share, lambda: tiles(loaded.model)[0])
+    rules = {rule.name: rule for rule in (*RULES, Rule(name=COST, solve=solve, setting=BARE))}
+    uncut = candidates(calibrated(BARE))
+    for name in given.rules:
+        if name == ORACLE:
+            bsfa.revert(loaded.model)
+            watch = [functools.partial(loaded.model, **call) for call in data]
+            with attending(loaded.model, watch) as oracle:
+                for share in asked:
+                    oracle.solve(share * uncut)
+                    yield measured(name, "", share, lambda: float(oracle.dropped))
+            continue
+        rule = rules[name]
+        tile = rule.setting.scores / BARE.scores
+        for share in asked:
+            thresholds = rule.solve(calibrated(rule.setting), share * uncut / tile)
+            thresholds = replace(thresholds, precision=rule.precision)
+            use(loaded.model, thresholds, settings.inner)
+            dropped = functools.partial(_dropped, loaded.model)
+            yield measured(name, thresholds.target, share, dropped, tile)
     bsfa.revert(loaded.model)
-    if ORACLE in given.rules:
-        uncut = candidates(calibrated(Setting().bare))
-        watch = [functools.partial(loaded.model, **call) for call in data]
-        with attending(loaded.model, watch) as oracle:
-            for share in asked:
-                oracle.solve(share * uncut)
-                yield measured(ORACLE, "", share, lambda: float(oracle.dropped))
+
+
+def _dropped(model: Any) -> float:
+    return tiles(model)[0]
 
 
 def report(found: Sequence[Measured]) -> str:

@@ -4,10 +4,12 @@
 
 Three sets of texts: thresholds are calibrated on the first, searched for on the second, and judged
 on the third, which nothing was chosen by; prose and code in each. Other targets (--targets) are
-judged beside. Seconds and memory of the calibration are above the same forward passes without it.
---inputs keeps queries, keys and values of the first, middle and last site on a judged document,
-with its thresholds, for `benchmarks/kernel.py --inputs`. The model runs without torch.compile. JSON
-is written after every step.
+judged beside. With --found-at 4096, thresholds are calibrated and searched for at that length and
+judged at --length, as solved and as fitted over positions (calibrate/fit.py). Seconds and memory of
+the calibration are above the same forward passes without it. --inputs keeps queries, keys and
+values of the first, middle and last site on a judged document, with its thresholds, for
+`benchmarks/kernel.py --inputs`. The model runs without torch.compile. JSON is written after every
+step.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--model", help="qwen, qwen-1.5b, gemma, a folder or a hub name")
     parser.add_argument("--length", type=int, default=32768)
+    parser.add_argument("--found-at", type=int, help="tokens to calibrate on; default: --length")
     parser.add_argument("--nll", type=float, default=0.01, help="nats per token accepted")
     parser.add_argument("--sink-tiles", type=int, default=1)
     parser.add_argument("--targets", default="", help="to judge beside, such as budget=0.03")
@@ -184,22 +187,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
     given = parser.parse_args()
     device, length = torch.device(given.device), given.length
+    found_at = given.found_at or length
     record = Record(given.out, Console(stderr=True))
     loaded = load(given.model, cache_dir() / "models", device)
     loaded.model.set_attn_implementation("bsfa")
 
-    def documents(role: int, text: Sequence[Path]) -> list[Piece]:
+    def documents(role: int, text: Sequence[Path], tokens: int) -> list[Piece]:
         settings = Settings(
-            model=given.model, lengths=(length,), scored=1, text=tuple(text), device=device
+            model=given.model, lengths=(tokens,), scored=1, text=tuple(text), device=device
         )
-        return pieces(loaded, settings, corpora.EVALUATION, length, count=given.documents[role])
+        return pieces(loaded, settings, corpora.EVALUATION, tokens, count=given.documents[role])
 
-    sets = [documents(0, given.calibration_text), documents(1, given.search_text)]
-    sets.append(documents(2, given.text))
+    sets = [
+        documents(0, given.calibration_text, found_at),
+        documents(1, given.search_text, found_at),
+        documents(2, given.text, length),
+    ]
     record.add("about", {
         "model": loaded.title, "device": device_name(device), "versions": versions(),
-        "length": length, "sink_tiles": given.sink_tiles, "scored": given.scored,
-        "searched_scored": given.search_scored,
+        "length": length, "found_at": found_at, "sink_tiles": given.sink_tiles,
+        "scored": given.scored, "searched_scored": given.search_scored,
         "documents": [[f"{p.genre}: {p.name}" for p in part] for part in sets],
     })  # fmt: skip
     with torch.no_grad(), float32_head(loaded.model):
@@ -209,6 +216,18 @@ def main() -> None:
         target = bsfa.Quality(nll=given.nll, scored=given.search_scored)
         held_out = [{"input_ids": piece.input_ids} for piece in sets[1]]
         judge = Judge(loaded, sets[2], (), given.scored)
+
+        def judge_all(name: str, thresholds: bsfa.Thresholds, **more: float) -> None:
+            found = judged(judge, loaded, thresholds, len(sets[2]), length)
+            record.add(name, {**more, **found})
+            if found_at < length:
+                fitted = replace(calibration.fitted(thresholds, length), proof=None)
+                found = judged(judge, loaded, calibration.told(fitted), len(sets[2]), length)
+                record.add(f"{name} fitted", found)
+
+        for other in parse_targets(given.targets):
+            judge_all(repr(other), calibration.thresholds(other))
+            bsfa.revert(loaded.model)
         solved = {}
         for precision in given.precisions:
             find = functools.partial(
@@ -218,12 +237,8 @@ def main() -> None:
             thresholds, seconds, _ = measured(device, find)
             solved[precision] = thresholds
             thresholds.save(given.out.with_suffix(f".{precision}.safetensors"))
-            found = judged(judge, loaded, thresholds, len(sets[2]), length)
-            record.add(f"{target} {precision}", {"search_seconds": seconds, **found})
+            judge_all(f"{target} {precision}", thresholds, search_seconds=seconds)
             bsfa.revert(loaded.model)
-        for other in parse_targets(given.targets):
-            thresholds = calibration.thresholds(other)
-            record.add(repr(other), judged(judge, loaded, thresholds, len(sets[2]), length))
         if given.inputs is not None:
             record.add("inputs", keep_inputs(loaded, sets[2][0], solved, given.inputs))
 

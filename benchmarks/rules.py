@@ -26,9 +26,9 @@ class Setting:
     block_k: int = BLOCK_K
 
     @property
-    def bare(self) -> Setting:
-        """The same tiles without a sink: its candidates are all uncut tiles."""
-        return replace(self, sink_tiles=0)
+    def scores(self) -> int:
+        """In a tile."""
+        return self.block_q * self.block_k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,22 +111,28 @@ def by_cost(model: Any, probe: dict[str, object], scored: int) -> Solve:
     return solve
 
 
-_BARE, _TWO = Setting(sink_tiles=0), Setting(sink_tiles=2)
+BARE = Setting(sink_tiles=0)  # its candidates are all uncut tiles
 COST = "by mass and cost"  # the spread of a Quality's search, which asks the model
 ORACLE = "true mass"  # see oracle.py: no thresholds
 RULES = (
-    Rule(name="paper", solve=by_count("absolute"), setting=_BARE),
+    Rule(name="paper", solve=by_count("absolute"), setting=BARE),
     Rule(name="paper + sink", solve=by_count("absolute")),
     Rule(name="relative by count", solve=by_count("relative")),
     Rule(name="relative by mass", solve=by_mass),
     Rule(name="one lambda", solve=one_for_all),
     Rule(name="by mass, int8", solve=by_mass, precision="int8"),
-    Rule(name="by mass, no sink, int8", solve=by_mass, setting=_BARE, precision="int8"),
-    Rule(name="by mass, no sink", solve=by_mass, setting=_BARE),
-    Rule(name="by count, no sink", solve=by_count("relative"), setting=_BARE),
-    Rule(name="one lambda, no sink", solve=one_for_all, setting=_BARE),
-    Rule(name="by mass, two sinks", solve=by_mass, setting=_TWO),
-    Rule(name="by mass, 64 x 128", solve=by_mass, setting=Setting(block_q=64, block_k=128)),
-    Rule(name="by mass, 128 x 128", solve=by_mass, setting=Setting(block_k=128)),
+    Rule(name="by mass, no sink, int8", solve=by_mass, setting=BARE, precision="int8"),
+    Rule(name="by mass, no sink", solve=by_mass, setting=BARE),
+    Rule(name="by count, no sink", solve=by_count("relative"), setting=BARE),
+    Rule(name="one lambda, no sink", solve=one_for_all, setting=BARE),
+    Rule(name="by mass, two sinks", solve=by_mass, setting=Setting(sink_tiles=2)),
+    *(
+        Rule(
+            name=f"by mass, no sink, {block_q} x {block_k}",
+            solve=by_mass,
+            setting=Setting(sink_tiles=0, block_q=block_q, block_k=block_k),
+        )
+        for block_q, block_k in ((128, 128), (128, 32), (64, 128), (64, 64))
+    ),
 )
 NAMES = (*(rule.name for rule in RULES), COST, ORACLE)

@@ -198,6 +198,18 @@ def _evaluation(e: Evaluation) -> str:
     if scores:
         names = ("rule", "tokens", "task", "dense", "sparse", "change")
         parts += [f"<p>{e.samples} prompts of each task.</p>", _table(names, scores, texts=3)]
+    moved = [point for point in e.points if point.layer_errors]
+    if moved:
+        columns = ["layer", *(f"{point.rule}, {point.length} tokens" for point in moved)]
+        errors = [
+            (site, *(f"{point.layer_errors.get(site, math.nan):.3f}" for point in moved))
+            for site in moved[0].layer_errors
+        ]
+        parts += [
+            "<p>How far the output of each attention layer moves: |sparse - dense| / |dense|, the "
+            "layers before it sparse too.</p>",
+            _table(columns, errors),
+        ]
     told = json.dumps(e.versions, ensure_ascii=False).strip("{}").replace('"', "")
     parts += [
         f"<p>{escape(e.intervals)}.</p>",

@@ -104,6 +104,7 @@ def evaluate(
     ] = "all",
     documents: Annotated[int, typer.Option(min=1, help="Documents of each genre.")] = 4,
     samples: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts answered at a time.")] = 1,
     scored: Annotated[int, typer.Option(min=1, help="Last tokens of a document that count.")] = 512,
     text: Texts = None,
     calibration_text: Texts = None,
@@ -122,7 +123,7 @@ def evaluate(
     --lengths 1024 --documents 1 --samples 2.
     """
     with _reported():
-        from bsfa_compile.evaluate.publish import publish
+        from bsfa_compile.evaluate.publish import keep, publish
         from bsfa_compile.evaluate.run import Settings, run
         from bsfa_compile.evaluate.targets import parse_targets
         from bsfa_compile.evaluate.tasks import TASKS
@@ -141,6 +142,7 @@ def evaluate(
             tasks=wanted,
             documents=documents,
             samples=samples,
+            batch=batch,
             scored=scored,
             text=tuple(text or ()),
             calibration_text=tuple(calibration_text or ()),
@@ -148,7 +150,7 @@ def evaluate(
             device=_device(device),
             inner=inner,
         )
-        evaluation, _ = run(settings, Console(stderr=True))
+        evaluation, _ = run(settings, Console(stderr=True), lambda found: keep(found, out))
         publish(evaluation, out, Console())
 
 

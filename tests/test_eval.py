@@ -19,11 +19,14 @@ from typer.testing import CliRunner
 import bsfa_compile as bsfa
 from bsfa_compile.cli import NOT_HELD, app
 from bsfa_compile.errors import InputError
-from bsfa_compile.evaluate import corpora
+from bsfa_compile.evaluate import corpora, layers
 from bsfa_compile.evaluate.intervals import bootstrap, wilson
+from bsfa_compile.evaluate.judge import Judge
 from bsfa_compile.evaluate.likelihood import float32_head
+from bsfa_compile.evaluate.models import load
 from bsfa_compile.evaluate.targets import parse_targets
 from bsfa_compile.evaluate.tasks import TASKS, build_task
+from bsfa_compile.evaluate.texts import Document
 from tests.tiny import save_tiny
 from tests.toy import EAGER
 
@@ -130,7 +133,7 @@ def test_short_texts_are_joined_and_too_short_ones_refused(tmp_path: Path) -> No
 def test_a_task_fits_and_its_text_tells_the_answer(task: str) -> None:
     prompt = build_task(task, 5000, encode=encode, paragraphs=PARAGRAPHS, seed=3, prefix=[1])
     text = decode(prompt.input_ids)
-    assert 4900 < len(text) <= 5000
+    assert len(text) == 5000
     assert text[0] == "\x01"
     body, question = text.rsplit("Question:", maxsplit=1)
     assert prompt.score(" and ".join(prompt.answers).upper()) == 1.0
@@ -216,7 +219,12 @@ def test_the_whole_command_on_a_tiny_model(tiny: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "evaluation.md").read_text()
-    for words in ("| Budget(eps=0.2) | all (4) |", "## 640 tokens", "| variable_tracking |"):
+    for words in (
+        "| Budget(eps=0.2) | all (4) |",
+        "## 640 tokens",
+        "| variable_tracking |",
+        "| largest | layer |",
+    ):
         assert words in table
 
     found = json.loads((tmp_path / "evaluation.json").read_text())
@@ -231,10 +239,64 @@ def test_the_whole_command_on_a_tiny_model(tiny: Path, tmp_path: Path) -> None:
         assert every["tokens"] == 4 * 200
         assert every["kl"]["n"] == 4
         assert 0 < every["kl"]["low"] <= every["kl"]["mean"] <= every["kl"]["high"]
-        assert [score["task"] for score in point["scores"]] == ["needle", "variable_tracking"]
-        assert point["scores"][0]["change"]["low"] is None  # of a single prompt
+        assert [score["task"] for score in point["scores"]] == [
+            "all",
+            "needle",
+            "variable_tracking",
+        ]
+        assert point["scores"][0]["dense"]["n"] == 2
+        sites = [f"model.layers.{n}.self_attn" for n in range(2)]
+        assert list(point["layer_errors"]) == sites
+        assert all(1e-4 < error < 1 for error in point["layer_errors"].values())
+        assert point["scores"][1]["change"]["low"] is None  # of a single prompt
     assert len(found["calibrated_on"]) == 4
     assert not set(found["calibrated_on"]) & {d for ds in found["documents"].values() for d in ds}
+
+
+def test_answers_in_batches_are_each_prompts_own(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(str(tiny), tiny, torch.device("cpu"))
+    prompts = [
+        build_task(task, length, encode=loaded.encode, paragraphs=PARAGRAPHS, seed=seed)
+        for task, length, seeds in (("needle", 900, 3), ("needle_multikey", 1500, 2))
+        for seed in range(seeds)
+    ]
+    right = {tuple(p.input_ids[0].tolist()): f" {p.answers[0]}." for p in prompts}
+    asked = []
+
+    def generate(ids: torch.Tensor, **_: object) -> torch.Tensor:
+        asked.append(tuple(ids.shape))
+        made = [loaded.encode(right[tuple(row.tolist())]) for row in ids]
+        made = [row + [0] * (20 - len(row)) for row in made]
+        return torch.cat([ids, torch.tensor(made)], dim=1)
+
+    monkeypatch.setattr(loaded.model, "generate", generate)
+    document = corpora.pieces(
+        "prose", [Document(name="", paragraphs=tuple(PARAGRAPHS))], encode=loaded.encode,
+        length=300, count=1,
+    )  # fmt: skip
+    judge = Judge(loaded, document, prompts, 100, batch=2)
+    assert asked == [(2, 900), (1, 900), (2, 1500)]
+    scores = judge.scores()
+    assert [(s.task, s.sparse.n, s.sparse.mean) for s in scores] == [
+        ("all", 5, 1.0),
+        ("needle", 3, 1.0),
+        ("needle_multikey", 2, 1.0),
+    ]
+    assert scores[0].change.mean == 0.0
+
+
+def test_layer_errors_are_of_the_modules_outputs() -> None:
+    linear = nn.Linear(3, 3, bias=False)
+    model = nn.Sequential(linear, nn.Identity())
+    x = torch.eye(3)
+    dense = layers.outputs(model, ["0", "1"], lambda: model(x))
+    with torch.no_grad():
+        linear.weight.mul_(1.25)
+    found = layers.errors(model, dense, lambda: model(x))
+    assert found == pytest.approx({"0": 0.25, "1": 0.25})
+    assert not linear._forward_hooks
 
 
 def test_a_quality_is_searched_for_on_documents_of_its_own(tiny: Path, tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def told() -> bsfa.Report:
     point = Point(
         rule="Budget(eps=0.2)", gate="relative", precision="auto", sink_tiles=1, length=640,
         dropped=0.4321, dense_seconds=3.0, seconds=1.5, losses=(loss,), scores=(score,),
+        layer_errors={"0": 0.0625},
     )  # fmt: skip
     evaluation = Evaluation(
         model="a <toy>", device="CPU", versions={"torch": "2"}, seed=0, scored=99, inner="eager",
@@ -113,8 +114,8 @@ def test_the_page_holds_every_figure_and_nothing_from_elsewhere(
     assert sum(sparse.heads) / 2 == pytest.approx(sparse.skipped)
     assert dense.reason
     expected = ["1 of 2 block-sparse", "Budget(eps=0.2)", dense.reason, "43.2 %", "+0.0125",
-                "87.5 %", "prose <&> (2)", "a <toy>", "needle", "0.00 [0.00, 0.79]", "2.00",
-                f"{100 * sparse.skipped:.1f} %"]  # fmt: skip
+                "0.062", "87.5 %", "prose <&> (2)", "a <toy>", "needle", "0.00 [0.00, 0.79]",
+                "2.00", f"{100 * sparse.skipped:.1f} %"]  # fmt: skip
     expected += [f"0, head {n}: {100 * (1 - x):.1f} % kept" for n, x in enumerate(sparse.heads)]
     for words in expected:
         assert words in page.text

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,8 @@ class Judge:
     """Documents and task prompts of one length, and what the dense model makes of them.
 
     Made with the untouched model. The last `scored` tokens of each text are compared; the dense
-    logits, documents x scored x vocabulary, wait in main memory.
+    logits, documents x scored x vocabulary, wait in main memory. Prompts of a task that are
+    equally long are answered `batch` at a time.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class Judge:
         documents: Sequence[Piece],
         prompts: Sequence[TaskPrompt],
         scored: int,
+        batch: int = 1,
     ) -> None:
         self._loaded, self._documents, self._prompts = loaded, documents, prompts
-        self._scored = scored
+        self._scored, self._batch = scored, batch
         self._dense, self._dense_found = [], []
         for piece in documents:
             logits = self._logits(piece)
@@ -75,11 +78,12 @@ class Judge:
         return found
 
     def scores(self) -> tuple[Score, ...]:
-        """Every task prompt answered by the model as it is now."""
+        """Every task prompt answered by the model as it is now: all, then task by task."""
         sparse = self._answer()
+        named = list(dict.fromkeys(prompt.task for prompt in self._prompts))
         found = []
-        for task in dict.fromkeys(prompt.task for prompt in self._prompts):
-            mine = [n for n, prompt in enumerate(self._prompts) if prompt.task == task]
+        for task in ("all", *named) if len(named) > 1 else named:
+            mine = [n for n, prompt in enumerate(self._prompts) if task in ("all", prompt.task)]
             before, after = [self._dense_scores[n] for n in mine], [sparse[n] for n in mine]
             change = bootstrap([b - a for a, b in zip(before, after, strict=True)])
             found.append(
@@ -109,19 +113,27 @@ class Judge:
     def _answer(self) -> list[float]:
         model: Any = self._loaded.model
         scores = []
-        for prompt in self._prompts:
+        for together in _batches(self._prompts, self._batch):
             settings = GenerationConfig(
-                max_new_tokens=prompt.new_tokens,
+                max_new_tokens=max(prompt.new_tokens for prompt in together),
                 do_sample=False,
                 pad_token_id=0,
                 eos_token_id=model.generation_config.eos_token_id,
             )
-            ids = prompt.input_ids.to(model.device)
+            ids = torch.cat([prompt.input_ids for prompt in together]).to(model.device)
             made = model.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=settings
             )
-            scores.append(prompt.score(self._loaded.decode(made[0, ids.shape[1] :].tolist())))
+            for prompt, answer in zip(together, made[:, ids.shape[1] :].tolist(), strict=True):
+                scores.append(prompt.score(self._loaded.decode(answer[: prompt.new_tokens])))
         return scores
+
+
+def _batches(prompts: Sequence[TaskPrompt], most: int) -> Iterator[list[TaskPrompt]]:
+    """Runs of at most so many prompts of one task and length."""
+    for _, run in itertools.groupby(prompts, lambda one: (one.task, one.input_ids.shape)):
+        rest = list(run)
+        yield from (rest[n : n + most] for n in range(0, len(rest), most))
 
 
 def _wait(device: torch.device) -> None:

@@ -48,6 +48,8 @@ class Point:
 
     dropped: fraction of the documents' candidate tiles. seconds: of a forward pass, with graphs
     run by `Evaluation.inner`, beside the eager dense model's. losses: all documents first.
+    layer_errors: |sparse - dense| / |dense| of the output of each attention module, all being
+    sparse, on the first document; empty if graphs run.
     """
 
     rule: str
@@ -60,6 +62,7 @@ class Point:
     seconds: float
     losses: tuple[Loss, ...]
     scores: tuple[Score, ...] = ()
+    layer_errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from torch import Tensor
 import bsfa_compile as bsfa
 from bsfa_compile.calibrate import Target
 from bsfa_compile.errors import InputError
-from bsfa_compile.evaluate import corpora
+from bsfa_compile.evaluate import corpora, layers
 from bsfa_compile.evaluate.corpora import CODE, EVALUATION, PROSE, Piece
 from bsfa_compile.evaluate.judge import Judge, losses, tiles, use
 from bsfa_compile.evaluate.likelihood import float32_head
@@ -22,6 +25,7 @@ from bsfa_compile.evaluate.models import LoadedModel, load
 from bsfa_compile.evaluate.outcome import Evaluation, Point
 from bsfa_compile.evaluate.targets import from_files
 from bsfa_compile.evaluate.tasks import TASKS, TaskPrompt, build_task
+from bsfa_compile.huggingface.observing import attends_eagerly
 from bsfa_compile.ops.compiler import cache_dir
 
 CPU = torch.device("cpu")
@@ -29,7 +33,8 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to evaluate. documents: of each genre; samples: prompts of each task."""
+    """What to evaluate. documents: of each genre; samples: prompts of each task, `batch` of them
+    answered at a time."""
 
     model: str | None
     thresholds: tuple[Path, ...] = ()
@@ -38,6 +43,7 @@ class Settings:
     tasks: tuple[str, ...] = tuple(TASKS)
     documents: int = 4
     samples: int = 8
+    batch: int = 1
     scored: int = 512
     text: tuple[Path, ...] = ()
     calibration_text: tuple[Path, ...] = ()
@@ -56,30 +62,66 @@ class Settings:
             )
 
 
-def run(settings: Settings, console: Console) -> tuple[Evaluation, LoadedModel]:
-    """Evaluate; the model comes back under the last thresholds at the last length."""
+def run(
+    settings: Settings, console: Console, keep: Callable[[Evaluation], object] | None = None
+) -> tuple[Evaluation, LoadedModel]:
+    """Evaluate; the model comes back under the last thresholds at the last length.
+
+    keep: is given what was found so far after every rule and length.
+    """
     loaded = load(settings.model, cache_dir() / "models", settings.device)
+    if settings.inner == "eager":
+        # Where transformers allows it: a traced model builds the Lq x Lk mask, gigabytes at 32k.
+        with contextlib.suppress(ValueError):
+            loaded.model.set_attn_implementation("bsfa")
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and max(settings.lengths) > limit:
         raise InputError(f"--lengths: the model takes {limit} tokens, got {max(settings.lengths)}")
     with torch.no_grad(), float32_head(loaded.model):
-        evaluation = evaluate(loaded, settings, console)
+        evaluation = evaluate(loaded, settings, console, keep)
     return evaluation, loaded
 
 
-def evaluate(loaded: LoadedModel, settings: Settings, console: Console) -> Evaluation:
-    """Evaluate a loaded model; progress is printed to the console."""
+def evaluate(
+    loaded: LoadedModel,
+    settings: Settings,
+    console: Console,
+    keep: Callable[[Evaluation], object] | None = None,
+) -> Evaluation:
+    """Evaluate a loaded model; progress is printed to the console. keep: see `run`."""
     rules, calibrated_on = _solved(loaded, settings, console) if settings.targets else ({}, [])
     rules |= from_files(settings.thresholds)
     if not rules:
         raise InputError("nothing to evaluate: pass --targets or --thresholds")
     points, named = list[Point](), dict[int, tuple[str, ...]]()
+    untraced = settings.inner == "eager" and attends_eagerly(loaded.model)
+    known = dict.fromkeys(site for t in rules.values() for site in t.values)
+    sites = [site for site in known if untraced and "#" not in site]
+
+    def found() -> Evaluation:
+        return Evaluation(
+            model=loaded.title,
+            device=device_name(settings.device),
+            versions=versions(),
+            seed=settings.seed,
+            scored=settings.scored,
+            inner=settings.inner,
+            calibrated_on=tuple(f"{piece.genre}: {piece.name}" for piece in calibrated_on),
+            proofs={name: str(t.proof) for name, t in rules.items() if t.proof is not None},
+            documents=named,
+            samples=settings.samples,
+            points=tuple(points),
+        )
+
     for length in settings.lengths:
         documents = pieces(loaded, settings, EVALUATION, length, count=settings.documents)
         named[length] = tuple(f"{piece.genre}: {piece.name}" for piece in documents)
         bsfa.revert(loaded.model)
         console.print(f"{length} tokens: dense, {len(documents)} documents")
-        judge = Judge(loaded, documents, prompts(loaded, settings, length), settings.scored)
+        asked = prompts(loaded, settings, length)
+        judge = Judge(loaded, documents, asked, settings.scored, settings.batch)
+        first = functools.partial(loaded.model, **sample(documents[0].input_ids))
+        dense = layers.outputs(loaded.model, sites, first)
         for name, thresholds in rules.items():
             console.print(f"{length} tokens: {name}")
             use(loaded.model, thresholds, settings.inner)
@@ -97,21 +139,12 @@ def evaluate(loaded: LoadedModel, settings: Settings, console: Console) -> Evalu
                     seconds=judge.seconds(),
                     losses=losses(judged),
                     scores=judge.scores(),
+                    layer_errors=layers.errors(loaded.model, dense, first),
                 )
             )
-    return Evaluation(
-        model=loaded.title,
-        device=device_name(settings.device),
-        versions=versions(),
-        seed=settings.seed,
-        scored=settings.scored,
-        inner=settings.inner,
-        calibrated_on=tuple(f"{piece.genre}: {piece.name}" for piece in calibrated_on),
-        proofs={name: str(t.proof) for name, t in rules.items() if t.proof is not None},
-        documents=named,
-        samples=settings.samples,
-        points=tuple(points),
-    )
+            if keep is not None:
+                keep(found())
+    return found()
 
 
 def _solved(

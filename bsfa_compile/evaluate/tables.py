@@ -21,14 +21,18 @@ def markdown(evaluation: Evaluation) -> str:
             f"## {length} tokens\n\nDocuments: {', '.join(documents)}; the last {e.scored} tokens "
             f"of each are scored.\n\n{loss_table(points)}"
         )
+        if any(point.layer_errors for point in points):
+            parts.append(f"Output of the attention layers:\n\n{layer_table(points)}")
         if points and points[0].scores:
             parts.append(f"{e.samples} prompts of each task.\n\n{score_table(points)}")
     parts.append(
         "dropped: share of the candidate tiles (visible, not always kept). NLL, perplexity and the "
         "change of NLL: of the documents' scored tokens, nats. KL: of the predictions from "
-        "dense. same: the likeliest token is dense's. x dense: speed of a forward pass against the "
-        f"eager dense model, graphs run by {e.inner!r}. Tasks: share of the expected words in the "
-        "greedy answer; the question stands in the sparse pass, decoding is dense.\n\n"
+        "dense. same: the likeliest token is dense's. Error of a layer: |sparse - dense| / |dense| "
+        "of what its attention module returns, the layers before it sparse too. x dense: speed of "
+        f"a forward pass against the eager dense model, graphs run by {e.inner!r}. Tasks: share of "
+        "the expected words in the greedy answer; the question stands in the sparse pass, decoding "
+        "is dense.\n\n"
         f"{e.intervals}."
     )
     return "\n\n".join(parts) + "\n"
@@ -70,6 +74,18 @@ def loss_table(points: Sequence[Point]) -> str:
                 interval(loss.kl, ".2g"),
                 f"{100 * loss.agreement:.1f} %",
             ))  # fmt: skip
+    return table(header, rows)
+
+
+def layer_table(points: Sequence[Point]) -> str:
+    """Relative error of the attention modules' outputs on the first document."""
+    header = ("rule", "median error", "largest", "layer")
+    rows = []
+    for point in points:
+        ranked = sorted(point.layer_errors.items(), key=lambda pair: pair[1])
+        if ranked:
+            (_, median), (worst, most) = ranked[len(ranked) // 2], ranked[-1]
+            rows.append((point.rule, f"{median:.3f}", f"{most:.3f}", worst))
     return table(header, rows)
 
 

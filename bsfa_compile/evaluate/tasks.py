@@ -3,7 +3,7 @@
 Every prompt is an instruction, a long body and, at its end, the question, all of it one prefill,
 so that the question attends sparsely too. A model answers by greedy decoding; the score is the
 share of the expected words in its answer. A prompt depends on task, length, seed and tokenizer
-alone, and has at most `length` tokens (exactly so many where the body is text).
+alone, and has exactly `length` tokens.
 """
 
 from __future__ import annotations
@@ -76,21 +76,27 @@ class _Maker:
         return itertools.islice(itertools.cycle(self.paragraphs), first, None)
 
     def words(self, opening: str, body: Callable[[int], str], question: str) -> Tensor:
-        """A body of as many entries as fit into `length` tokens; [1, at most length]."""
+        """As many entries as fit, or nearly, and a few empty lines: [1, length]."""
+        tail = self.encode(question)
+        room, low, high = self.length - len(tail), 40, self.length
 
         def made(entries: int) -> list[int]:
-            return [*self.prefix, *self.encode(opening + body(entries) + question)]
+            return [*self.prefix, *self.encode(opening + body(entries))]
 
-        low, high = 0, self.length  # no entry is shorter than a token
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if len(made(middle)) <= self.length else (low, middle)
-        if low < 40:
-            raise InputError(
-                f"length: a list of {low} words is too short to ask of, in {self.length} tokens; "
-                "ask for a longer prompt"
-            )
-        return torch.tensor([made(low)])
+        head, each = made(low), 4.0  # tokens of an entry, at first by guess
+        if len(head) > room:
+            raise InputError(f"length: {self.length} tokens hold no list; ask for a longer prompt")
+        while high - low > 1 and room - len(head) > 16:
+            guess = low + int(0.998 * (room - len(head)) / each)
+            guess = min(max(guess, low + 1), high - 1)
+            ids = made(guess)
+            each = max(1.0, (len(ids) - len(head)) / (guess - low))
+            if len(ids) <= room:
+                low, head = guess, ids
+            else:
+                high = guess
+        filler = (self.encode("\n") * room)[: room - len(head)]
+        return torch.tensor([head + filler + tail])
 
 
 _Made = tuple[Tensor, Sequence[str]]
