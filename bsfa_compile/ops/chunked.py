@@ -192,6 +192,7 @@ def _heads(keys: QuantisedKeys, hkv: slice) -> QuantisedKeys:
         scales=keys.scales[:, hkv],
         norms=keys.norms[:, hkv],
         mean=keys.mean[:, hkv],
+        spread=keys.spread[:, hkv],
     )
 
 

@@ -14,12 +14,13 @@ from bsfa_compile.ops.reference import INT8_MARGIN
 
 @dataclass(frozen=True, kw_only=True)
 class QuantisedKeys:
-    """K less its mean over keys, rounded to int8 with one scale per tile of each kv head."""
+    """K less its mean, over `spread`, rounded to int8 with one scale per tile of each kv head."""
 
     values: Tensor  # [B, Hkv, T * block_k, D], whole numbers
     scales: Tensor  # [B, Hkv, T]
     norms: Tensor  # [B, Hkv, T], largest norm of a key in the tile
-    mean: Tensor  # [B, Hkv, 1, D]
+    mean: Tensor  # [B, Hkv, 1, D], over keys
+    spread: Tensor  # [B, Hkv, 1, D], of keys in each channel: Q is multiplied by it
 
 
 def quantise_keys(k: Tensor, block_k: int, dtype: torch.dtype) -> QuantisedKeys:
@@ -28,7 +29,11 @@ def quantise_keys(k: Tensor, block_k: int, dtype: torch.dtype) -> QuantisedKeys:
     batch, heads, keys, dim = k.shape
     tiles = -(-keys // block_k)
     mean = k.mean(dim=2, keepdim=True)
-    tiled = F.pad(k - mean, (0, 0, 0, tiles * block_k - keys))
+    k = k - mean
+    fourth_root = k.square().mean(dim=2, keepdim=True).sqrt().sqrt()
+    spread = fourth_root * fourth_root.sqrt()
+    k = k * torch.where(spread == 0, 0.0, 1 / spread)
+    tiled = F.pad(k, (0, 0, 0, tiles * block_k - keys))
     tiled = tiled.view(batch, heads, tiles, block_k, dim)
     scales = (tiled.abs().amax(dim=(3, 4)) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     return QuantisedKeys(
@@ -36,6 +41,7 @@ def quantise_keys(k: Tensor, block_k: int, dtype: torch.dtype) -> QuantisedKeys:
         scales=scales,
         norms=tiled.norm(dim=4).amax(dim=3),
         mean=mean,
+        spread=spread,
     )
 
 
@@ -44,7 +50,8 @@ def int8_block_scores(
 ) -> tuple[Tensor, Tensor]:
     """Unmasked scores [B, H, R, T * block_k] of q [B, H, R, D] in `tiles`, margin [B, H, R, T]."""
     batch, heads, rows, _ = q.shape
-    q = q.to(keys.values.dtype)
+    raw = q.to(keys.values.dtype)
+    q = raw * keys.spread.repeat_interleave(heads // keys.spread.shape[1], dim=1)
     kv_heads, cut = keys.values.shape[1], slice(*tiles)
     block_k = keys.values.shape[2] // keys.scales.shape[2]
     sq = (q.abs().amax(dim=3, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
@@ -57,7 +64,7 @@ def int8_block_scores(
     s = grouped((q / sq).round()) @ values.transpose(-1, -2)
     s = s * grouped(sq) * sk.repeat_interleave(block_k, dim=3) * scale
     if adds_mean:
-        s = s + (grouped(q) @ keys.mean.transpose(-1, -2)) * scale
+        s = s + (grouped(raw) @ keys.mean.transpose(-1, -2)) * scale
     norm = q.norm(dim=3, keepdim=True)
     error = grouped(sq) * keys.norms[:, :, None, cut] + sk * grouped(norm)
     margin = error * (INT8_MARGIN * scale / math.sqrt(12))

@@ -42,6 +42,7 @@ class Case:
     columns: int = 0  # thresholds [H, columns], drawn at random up to twice `threshold`
     padding: int = 0  # padded keys of batch row b: padding * (b + 1), left if > 0, else right
     heads_first: bool = False  # [B, H, L, D] storage
+    spread: float = 0.0  # channels of K are up to 2 ** +-spread times wider, Q's narrower
     seed: int = 0
 
     @property
@@ -73,6 +74,10 @@ class Run:
         k += 0.5 * torch.randn(1, 1, case.kv_heads, case.d)  # the mean that quantising removes
         q[..., :8] = 2.0
         k[:, 0, :, :8] = 4.5
+        if case.spread:
+            width = torch.exp2(case.spread * (2 * torch.rand(case.kv_heads, case.d) - 1))
+            k *= width
+            q /= width.repeat_interleave(case.heads // case.kv_heads, dim=0)
 
         def place(x: Tensor) -> Tensor:
             x = x.to("cuda", case.dtype)
@@ -219,4 +224,10 @@ RELATIVE = [
     Case(causal=False, threshold=-0.1, q_len=300, k_len=777),
     Case(softcap=20.0, threshold=0.0, q_len=700),
     Case(padding=-70, batch=2, q_len=700),
+    Case(spread=4.0, q_len=700),
+    Case(spread=4.0, d=64, heads=6, q_len=700, dtype=FP16),
+    Case(spread=4.0, d=80, q_len=700, heads_first=True),
+    Case(spread=4.0, d=256, threshold=0.0, q_len=900),
+    Case(spread=4.0, d=192, dv=128, threshold=0.0, q_len=700),
+    Case(spread=4.0, softcap=20.0, threshold=0.0, q_len=700),
 ]

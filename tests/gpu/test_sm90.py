@@ -23,6 +23,7 @@ DROPPING = [
     Case(rule="absolute", threshold=5.0, causal=False, q_len=300, k_len=777),
     Case(rule="absolute", softcap=20.0, threshold=5.0, q_len=700),
     Case(rule="absolute", window=500, threshold=5.0, q_len=1200),
+    Case(rule="absolute", spread=4.0, threshold=5.0, q_len=900),
 ]
 KEEPING = [
     Case(threshold=None),

@@ -42,6 +42,7 @@ ABSOLUTE = [
     Case(threshold=4.6, window=500, q_len=1200),
     Case(threshold=4.6, padding=-70, batch=2, q_len=700),
     Case(threshold=4.6, padding=70, batch=2, q_len=700, causal=False),
+    Case(threshold=4.6, spread=4.0, q_len=900),
 ]
 CASES = [dataclasses.replace(c, precision="exact") for c in (*RELATIVE, *RELATIVE_TOO)]
 CASES += [dataclasses.replace(c, precision="exact", rule="absolute") for c in ABSOLUTE]

@@ -1,7 +1,6 @@
-// The rows of the int8 gate: what a thread knows of its query rows, how they are quantised, and the
-// keep rule on a block of dot products. Macros of gate.cu.
+// The rows of the int8 gate: what a thread knows of its query rows, and the keep rule on a block of
+// dot products. Macros of gate.cu.
 #include "base.cuh"
-#include "halves.cuh"
 #include "hide.cuh"
 #include "numeric.cuh"
 #include "scores.cuh"
@@ -11,7 +10,7 @@
 // if there are registers for it.
 #define EXACT_SINKS (EXACT && RELATIVE && HEAD_DIM <= (SOFTCAP ? 128 : 192))
 #define K_STEPS ((HEAD_DIM + 31) / 32)  // int8 wgmma steps along the head dim
-#define KEY_NORM_FACTOR 1.1547005383792515f  // 4 standard deviations of rounding: 4 / sqrt(12)
+#define Q_SLABS ((HEAD_DIM + 63) / 64)  // of 64 columns in 16 bits
 
 // One query row as a thread sees it; the four lanes of a quad hold the same values.
 struct Row {
@@ -53,13 +52,14 @@ DEVICE float reach_of(const Scale& p, const Row& r, float scale_k, float margin,
 #endif
 }
 
-// What rounding may have taken from the row's score in a tile. The int8 rule: four standard
+// What rounding may have taken from the row's score in a tile. The int8 rule: three standard
 // deviations of each of the two errors, added up. EXACT: five of both together, for which
-// max(x, y) + (sqrt(2) - 1) min(x, y) is never too little.
+// max(x, y) + (sqrt(2) - 1) min(x, y) is never too little (r.a has its share of the five).
+#define WIDER (EXACT ? 5.f / 3.f : 1.f)
 DEVICE float margin_of(const Row& r, float scale_k, float norm_k) {
 #if EXACT
-  const float of_k = scale_k * r.a;
-  return fmaf(0.51777f, fminf(of_k, norm_k), 1.25f * fmaxf(of_k, norm_k));
+  const float of_k = scale_k * r.a, of_q = WIDER * norm_k;
+  return fmaf(0.414214f, fminf(of_k, of_q), fmaxf(of_k, of_q));
 #else
   return fmaf(scale_k, r.a, norm_k);
 #endif
@@ -76,101 +76,18 @@ template <int R, int TILE> DEVICE void tile_max(const int (&s)[R], int& a, int& 
   }
 }
 
-// x / 127, correctly rounded as the reference's is (a Newton step on the product with the rounded
-// reciprocal). The division operator is a call, which would keep loop state out of uniform
-// registers.
-DEVICE float divide_by_127(float x) {
-  const float guess = x * (1.f / 127.f);
-  return fmaf(fmaf(-guess, 127.f, x), 1.f / 127.f, guess);
-}
-
-// Reads rows `row` and `row + 8` of Q and rounds them into the A fragments of K_STEPS wgmmas.
-DEVICE void quantise(const Scale& p, u32 q_smem, int row, int lane, const float* mean_gmem,
-                     u32 (&a)[K_STEPS * 4], Row (&out)[2], float threshold) {
-  uint2 raw[K_STEPS * 4];
-  const int g = lane >> 2, pair = lane & 3;
-#pragma unroll
-  for (int i = 0; i < K_STEPS * 4; i++) {
-    const int step = i / 4, half = i / 2 % 2, r = i % 2;  // fragment order: row, row + 8, k + 16
-    const int chunk = (step & 1) * 4 + half * 2 + (pair >> 1);
-    raw[i] = load_shared_pair(q_smem + (step >> 1) * (BLOCK_Q * 128) + (row + r * 8) * 128 +
-                              ((chunk ^ g) << 4) + (pair & 1) * 8);
-  }
-  float peak[2] = {}, square[2] = {}, with_mean[2] = {};
-#pragma unroll
-  for (int i = 0; i < K_STEPS * 4; i++) {
-    const int r = i % 2;
-    float x[4];
-    unpack_16bit(raw[i].x, x[0], x[1]);
-    unpack_16bit(raw[i].y, x[2], x[3]);
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      peak[r] = fmaxf(peak[r], fabsf(x[e]));
-      square[r] = fmaf(x[e], x[e], square[r]);
-    }
-    if (!RELATIVE || SOFTCAP || EXACT_SINKS) {
-      const float4 mean = __ldg((const float4*)(mean_gmem + i / 4 * 32 + i / 2 % 2 * 16) + pair);
-      with_mean[r] += x[0] * mean.x + x[1] * mean.y + x[2] * mean.z + x[3] * mean.w;
-    }
-  }
-  float sq[2], inverse[2];
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    peak[r] = quad_max(peak[r]);
-    square[r] = quad_sum(square[r]);
-    sq[r] = fmaxf(divide_by_127(peak[r]), 1.17549435e-38f);
-    inverse[r] = reciprocal(sq[r]);
-    // Not a number or infinite somewhere: NaN in t keeps every tile.
-    const bool finite = square[r] < __int_as_float(0x7f800000);
-    const float unit = finite ? sq[r] * p.scale : __int_as_float(0x7fffffff);
-    out[r].a = sqrt_approx(square[r]) * KEY_NORM_FACTOR * inverse[r];
-    out[r].m = RELATIVE ? NEG_INF : -quad_sum(with_mean[r]) * inverse[r];
-    out[r].t = threshold * reciprocal(unit);
-#if EXACT && RELATIVE
-    out[r].high = NEG_INF;
-#endif
-#if EXACT_SINKS
-    out[r].mean = quad_sum(with_mean[r]);
-    out[r].per_unit = inverse[r];
-#endif
-#if SOFTCAP
-    out[r].unit = unit;
-    out[r].shift = quad_sum(with_mean[r]) * inverse[r];
-    out[r].m = RELATIVE ? NEG_INF : 0.f;
-    out[r].t = finite ? threshold : unit;
-#endif
-  }
-#pragma unroll
-  for (int i = 0; i < K_STEPS * 4; i++) {
-    // Unpacked anew: kept as floats from above, they would not fit the registers.
-    asm volatile("" : "+r"(raw[i].x), "+r"(raw[i].y));
-    float x[4];
-    unpack_16bit(raw[i].x, x[0], x[1]);
-    unpack_16bit(raw[i].y, x[2], x[3]);
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      // One Newton step makes the product the correctly rounded quotient, as the reference's is;
-      // adding 1.5 2^23 rounds it to a whole number, which then stands in the low bits.
-      const float guess = x[e] * inverse[i % 2];
-      const float quotient = fmaf(fmaf(-guess, sq[i % 2], x[e]), inverse[i % 2], guess);
-      x[e] = quotient + 12582912.f;
-    }
-    const u32 low = __byte_perm(__float_as_uint(x[0]), __float_as_uint(x[1]), 0x0040);
-    const u32 high = __byte_perm(__float_as_uint(x[2]), __float_as_uint(x[3]), 0x0040);
-    a[i] = __byte_perm(low, high, 0x5410);
-  }
-}
-
 // Raises a row's running maximum to the largest dot product of a tile, if the row sees any of it.
 DEVICE void raise(const Scale& p, Row& row, float scale_k, int top) {
   if (top > HIDDEN) row.m = fmaxf(row.m, score_of(p, row, scale_k, top));
 }
 
-// Whether a row of this lane may pass somewhere in a block of 64 rows x TILES tiles. x: the thread's
-// row maxima in each tile; meta: the tiles' scales and norms in shared memory (quantise.cu).
+// Whether a row of this lane may pass somewhere in a block of 64 rows x TILES tiles. reach: its score
+// with the margin; x: the thread's row maxima in each tile; meta: the tiles' scales and norms in
+// shared memory (quantise.cu).
 template <int TILES>
-DEVICE bool may_pass(const Scale& p, const int (&x)[TILES][2], const Row (&row)[2], u32 meta) {
-  float reach[2] = {NEG_INF, NEG_INF};
+DEVICE bool may_pass(const Scale& p, const int (&x)[TILES][2], const Row (&row)[2], u32 meta,
+                     float (&reach)[TILES][2]) {
+  bool some = false;
 #pragma unroll
   for (int t = 0; t < TILES; t++) {
     const float scale_k = load_shared_float(meta + t * 4);
@@ -178,10 +95,21 @@ DEVICE bool may_pass(const Scale& p, const int (&x)[TILES][2], const Row (&row)[
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const float margin = margin_of(row[r], scale_k, norm_k);
-      reach[r] = max_nan(reach[r], reach_of(p, row[r], scale_k, margin, x[t][r]));
+      reach[t][r] = reach_of(p, row[r], scale_k, margin, x[t][r]);
+      some |= !(reach[t][r] < row[r].bound());
     }
   }
-  return !(reach[0] < row[0].bound()) || !(reach[1] < row[1].bound());
+  return some;
+}
+
+// Whether a row of this lane may raise its running maximum, or may pass and yet not (T > 0).
+template <int TILES> DEVICE bool may_raise(const float (&reach)[TILES][2], const Row (&row)[2]) {
+  bool some = row[0].t > 0.f || row[1].t > 0.f;
+#pragma unroll
+  for (int t = 0; t < TILES; t++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) some |= !(reach[t][r] <= row[r].m);
+  return some;
 }
 
 // Gives the four lanes of a quad the same row maxima.
@@ -196,12 +124,24 @@ template <int TILES> DEVICE void share_maxima(int (&x)[TILES][2]) {
 }
 
 // Decides the tiles of one block in visiting order, the last first. Returns the tiles that pass for
-// this lane's rows. all: skip the vote on the whole block.
+// this lane's rows and columns. Where no row raises its running maximum the order does not matter,
+// and a lane needs no other's columns. edge: some of the block is hidden.
 template <int TILES>
-DEVICE u32 decide(const Scale& p, int (&x)[TILES][2], Row (&row)[2], u32 meta, bool all) {
-  if (!__any_sync(FULL_WARP, all || SOFTCAP || may_pass(p, x, row, meta))) return 0;
-  share_maxima(x);
+DEVICE u32 decide(const Scale& p, int (&x)[TILES][2], Row (&row)[2], u32 meta, bool edge) {
   u32 bits = 0;
+  if (!SOFTCAP && !__any_sync(FULL_WARP, edge)) {
+    float reach[TILES][2];
+    if (!__any_sync(FULL_WARP, may_pass(p, x, row, meta, reach))) return 0;
+    if (!RELATIVE || !__any_sync(FULL_WARP, may_raise(reach, row))) {
+#pragma unroll
+      for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+          if (!(reach[t][r] < row[r].bound())) bits |= 1u << t;
+      return bits;
+    }
+  }
+  if (RELATIVE) share_maxima(x);
 #pragma unroll
   for (int t = TILES - 1; t >= 0; t--) {
     const float scale_k = load_shared_float(meta + t * 4);

@@ -4,6 +4,7 @@
 #define LOWEST -3.402823466e38f  // the lowest finite float
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
+#define INT8_MARGIN .8660254037844386f  // reference.py's, of a rounding: 3 / sqrt(12)
 
 __device__ __forceinline__ float max_nan(float a, float b) {
   float r;

@@ -1,6 +1,9 @@
 // Warp specialisation: registers per role, named barriers, and the order of kernels on a stream.
 #include "base.cuh"
 
+// What is the same in all lanes, so that the compiler knows.
+DEVICE u32 uniform(u32 x) { return __shfl_sync(FULL_WARP, x, 0); }
+
 template <int N> DEVICE void registers_down() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }

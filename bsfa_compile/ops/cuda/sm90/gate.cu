@@ -23,6 +23,7 @@
 #include "gate_rows.cuh"
 #include "gate_sift.cuh"
 #include "mbarrier.cuh"
+#include "round_rows.cuh"
 #include "tma.cuh"
 #include "warps.cuh"
 #include "wgmma.cuh"
@@ -37,14 +38,15 @@
 #define SLOT_BYTES (SLOT_KEYS * ROW_BYTES)
 #define GROUP_TILES 4
 #define GROUP_META 8
+#define CHANNEL_META (2 * ROW_BYTES)
 #define META_BYTES (GROUP_META * 4)
-#define Q_SLABS ((HEAD_DIM + 63) / 64)
 #define UNIT_BYTES (Q_SLABS * BLOCK_Q * 128)
 #define ACCUMULATORS (SLOT_KEYS / 2)
+#define ROUNDERS 3
 // A lane of each warpgroup: 504 in all, which is what the kernel starts with; asking for more
 // waits forever.
-#define LOADER_REGISTERS 56
-#define CONSUMER_REGISTERS 224
+#define LOADER_REGISTERS (PLAIN ? 56 : 72)
+#define CONSUMER_REGISTERS (PLAIN ? 224 : 216)
 
 // Shared memory: barriers, item records, tile metadata of each slot; Q of both units; K slots.
 #define SMEM_LIMIT 232448
@@ -56,6 +58,7 @@
 #define Q_EMPTY 136
 #define ITEM_FULL 144
 #define ITEM_EMPTY 160
+#define ROUNDED 176
 #define ITEM 192
 #define META 320
 #define Q_AT 1024
@@ -66,7 +69,7 @@ struct Params {
   Order order;
   const float* thresholds_gmem;  // [H, columns], natural-log units
   const float* meta_gmem;        // [B*Hkv, groups, GROUP_META] (quantise.cu)
-  const float* mean_gmem;        // [B*Hkv, ROW_BYTES]
+  const float* mean_gmem;        // [B*Hkv, CHANNEL_META]: of K, then its spread
   u32* mask_gmem;                // [B, H, rows, words], zero on entry
   Undecided undecided;           // EXACT
   int* counter_gmem;             // zero on entry
@@ -152,63 +155,83 @@ struct Judged {
   bool edge;
 };
 
-DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap* k_map,
-                       const TensorMap* k_tile_map, u32 smem) {
-  const int q_start = start_of(p.shape), pairs = pairs_of(p);
-  u32 slot = 0, empty = 1;
-  for (int it = 0, loaded = 0;; it++) {
-    const int item = atomicAdd(p.counter_gmem, 1), s = it & 1;
-    const u32 record = smem + ITEM + 64 * s;
-    barrier_wait(smem + ITEM_EMPTY + 8 * s, (it >> 1 & 1) ^ 1);
-    int lo = 0, hi = -1, sink_lo = 0, sink_hi = 0;
-    const int2 place = place_of(p.order, pairs, min(item, p.items - 1));
-    Unit unit[2];
-    if (item < p.items) {
-#pragma unroll
-      for (int w = 0; w < 2; w++) {
-        unit[w] = unit_of(p, q_start, place, w);
-        unit[w].threshold = threshold_of(p, unit[w]);
-        store_shared(record + 20, unit[w].batch);
-        store_shared(record + 32 + 12 * w, unit[w].row);
-        store_shared(record + 36 + 12 * w, unit[w].head);
-        store_shared(record + 40 + 12 * w, __float_as_uint(unit[w].threshold));
-        if (unit[w].idle()) continue;
-        const int low = unit[w].span.tile_lo, high = unit[w].span.tile_hi;
-        const int first = bounds_of(p.shape, unit[w].batch).x;
-        const int from = max(low, first), to = min(high, first + p.shape.sink_tiles);
-        const bool alone = hi < lo, no_sink = sink_hi <= sink_lo;
-        lo = alone ? low / SLOT_TILES : min(lo, low / SLOT_TILES);
-        hi = alone ? (high - 1) / SLOT_TILES : max(hi, (high - 1) / SLOT_TILES);
-        if (RELATIVE && from < to) {
-          sink_lo = no_sink ? from : min(sink_lo, from);
-          sink_hi = no_sink ? to : max(sink_hi, to);
-        }
+// What the loader needs to know of an item; kv < 0: there is none left.
+struct Item {
+  int kv, lo, hi, sink_lo, sink_hi;
+};
+
+// Takes the next item, the it-th of this CTA: announces it, has its Q loaded (as the loaded-th).
+DEVICE Item take_item(const Params& p, const TensorMap* q_map, u32 smem, int it, int& loaded) {
+  const int item = atomicAdd(p.counter_gmem, 1), s = it & 1;
+  const u32 record = smem + ITEM + 64 * s;
+  barrier_wait(smem + ITEM_EMPTY + 8 * s, (it >> 1 & 1) ^ 1);
+  const int2 place = place_of(p.order, pairs_of(p), min(item, p.items - 1));
+  Item out = {item < p.items ? place.y : -1, 0, -1, 0, 0};
+  int active = 0;  // a bit for each unit that has work
+  if (item < p.items) {
+#pragma unroll 1
+    for (int w = 0; w < 2; w++) {
+      Unit unit = unit_of(p, start_of(p.shape), place, w);
+      unit.threshold = threshold_of(p, unit);
+      store_shared(record + 20, unit.batch);
+      store_shared(record + 32 + 12 * w, unit.row);
+      store_shared(record + 36 + 12 * w, unit.head);
+      store_shared(record + 40 + 12 * w, __float_as_uint(unit.threshold));
+      store_shared(record + 56 + 4 * w, unit.span.row0);
+      if (unit.idle()) continue;
+      active |= 1 << w;
+      const int low = unit.span.tile_lo, high = unit.span.tile_hi;
+      const int first = bounds_of(p.shape, unit.batch).x;
+      const int from = max(low, first), to = min(high, first + p.shape.sink_tiles);
+      const bool alone = out.hi < out.lo, no_sink = out.sink_hi <= out.sink_lo;
+      out.lo = alone ? low / SLOT_TILES : min(out.lo, low / SLOT_TILES);
+      out.hi = alone ? (high - 1) / SLOT_TILES : max(out.hi, (high - 1) / SLOT_TILES);
+      if (RELATIVE && from < to) {
+        out.sink_lo = no_sink ? from : min(out.sink_lo, from);
+        out.sink_hi = no_sink ? to : max(out.sink_hi, to);
       }
     }
-    store_shared(record, item < p.items ? place.y : -1);
-    store_shared(record + 4, lo);
-    store_shared(record + 8, hi);
-    store_shared(record + 12, sink_lo);
-    store_shared(record + 16, sink_hi);
-    barrier_arrive(smem + ITEM_FULL + 8 * s);
-    if (item >= p.items) break;
-    if (hi < lo) continue;
+  }
+  store_shared(record, out.kv);
+  store_shared(record + 4, out.lo);
+  store_shared(record + 8, out.hi);
+  store_shared(record + 12, out.sink_lo);
+  store_shared(record + 16, out.sink_hi);
+  store_shared(record + 24, active);
+  barrier_arrive(smem + ITEM_FULL + 8 * s);
+  if (!active) return out;
 
-    barrier_wait(smem + Q_EMPTY, (loaded & 1) ^ 1);
-    loaded++;
-    barrier_expect(smem + Q_FULL, (!unit[0].idle() + !unit[1].idle()) * UNIT_BYTES);
-#pragma unroll
-    for (int w = 0; w < 2; w++) {
-      if (unit[w].idle()) continue;
-      for (int d = 0; d < Q_SLABS; d++)
-        tma_load(smem + Q_AT + w * UNIT_BYTES + d * BLOCK_Q * 128, q_map, smem + Q_FULL, d * 64,
-                 unit[w].span.row0, unit[w].head, unit[w].batch);
-    }
-    const float* meta_gmem = p.meta_gmem + (i64)place.y * p.groups * GROUP_META;
+  barrier_wait(smem + Q_EMPTY, (loaded & 1) ^ 1);
+  loaded++;
+  if (AHEAD) after_generic_writes();
+  barrier_expect(smem + Q_FULL, __popc(active) * UNIT_BYTES);
+#pragma unroll 1
+  for (int w = 0; w < 2; w++) {
+    if (!(active >> w & 1)) continue;
+    const int row0 = load_shared(record + 56 + 4 * w), head = load_shared(record + 36 + 12 * w);
+    const int batch = load_shared(record + 20);
+    for (int d = 0; d < Q_SLABS; d++)
+      tma_load(smem + Q_AT + w * UNIT_BYTES + d * BLOCK_Q * 128, q_map, smem + Q_FULL, d * 64,
+               row0, head, batch);
+  }
+  return out;
+}
+
+DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap* k_map,
+                       const TensorMap* k_tile_map, u32 smem) {
+  u32 slot = 0, empty = 1;
+  Item item = {0, 0, -1, 0, 0};  // nothing to do before the first
+  for (int it = 0, loaded = 0; item.kv >= 0; it++) {
+    const float* meta_gmem = p.meta_gmem + (i64)item.kv * p.groups * GROUP_META;
+    const int sinks = item.sink_hi - item.sink_lo, steps = sinks + item.hi - item.lo + 1;
+    Item upcoming;
     // The running maximum wants the sink tiles first, then from the last visible tile downwards.
-    for (int n = 0; n < sink_hi - sink_lo + hi - lo + 1; n++) {
-      const bool sink = n < sink_hi - sink_lo;
-      const int tile = sink ? sink_lo + n : (hi - (n - (sink_hi - sink_lo))) * SLOT_TILES;
+    for (int n = 0; n <= steps; n++) {
+      // Once the slots are full, so that there is time to round Q.
+      if (n == min(steps, SLOTS)) upcoming = take_item(p, q_map, smem, it, loaded);
+      if (n == steps) break;
+      const bool sink = n < sinks;
+      const int tile = sink ? item.sink_lo + n : (item.hi - (n - sinks)) * SLOT_TILES;
       const u32 full = smem + K_FULL + 8 * slot, to = smem + K_AT + slot * SLOT_BYTES;
       barrier_wait(smem + K_EMPTY + 8 * slot, empty);
       const bool in_16_bits = EXACT_SINKS && sink;
@@ -219,24 +242,51 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
       if (in_16_bits) {
         for (int d = 0; d < Q_SLABS; d++)
           tma_load(to + d * BLOCK_K * 128, k_tile_map, full, d * 64, tile * BLOCK_K,
-                   place.y % p.kv_heads, place.y / p.kv_heads);
+                   item.kv % p.kv_heads, item.kv / p.kv_heads);
       } else {
 #pragma unroll
         for (int d = 0; d < K_SLABS; d++)
           tma_load(to + d * (sink ? BLOCK_K : SLOT_KEYS) * SLAB_BYTES, sink ? k_tile_map : k_map,
-                   full, d * SLAB_BYTES, tile * BLOCK_K, place.y, 0);
+                   full, d * SLAB_BYTES, tile * BLOCK_K, item.kv, 0);
       }
       if (++slot == SLOTS) slot = 0, empty ^= 1;
     }
+    item = upcoming;
   }
 }
+
+#if AHEAD
+// Warp `nth` of ROUNDERS.
+DEVICE void round_items(const Params& p, u32 smem, int nth, int lane) {
+  for (int it = 0, loaded = 0;; it++) {
+    barrier_wait(smem + ITEM_FULL + 8 * (it & 1), it >> 1 & 1);
+    const u32 record = smem + ITEM + 64 * (it & 1);
+    const int kv = uniform(load_shared(record)), active = uniform(load_shared(record + 24));
+    const float first = load_shared_float(record + 40), second = load_shared_float(record + 52);
+    barrier_arrive(smem + ITEM_EMPTY + 8 * (it & 1));
+    if (kv < 0) break;
+    if (!active) continue;
+    const float* mean = p.mean_gmem + (i64)kv * CHANNEL_META;
+    barrier_wait(smem + Q_FULL, loaded++ & 1);
+#pragma unroll 1
+    for (int n = nth; n < 2 * BLOCK_Q / 16; n += ROUNDERS) {
+      const int which = n / (BLOCK_Q / 16), row0 = n % (BLOCK_Q / 16) * 16;
+      if (!(active >> which & 1)) continue;
+      round_in_place(p.scale, smem + Q_AT + which * UNIT_BYTES + row0 * 128, lane, mean,
+                     mean + ROW_BYTES, which ? second : first);
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(smem + ROUNDED);
+  }
+}
+#endif
 
 extern "C" __global__ void __launch_bounds__(384, 1)
     gate(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
          const __grid_constant__ TensorMap k_tile_map, const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 dynamic_smem[];
   const u32 smem = shared_address(dynamic_smem);
-  const int warpgroup = __shfl_sync(FULL_WARP, threadIdx.x >> 7, 0), lane = threadIdx.x & 31;
+  const int warpgroup = uniform(threadIdx.x >> 7), lane = threadIdx.x & 31;
   if (threadIdx.x == 0) {
     for (int i = 0; i < SLOTS; i++) {
       barrier_init(smem + K_FULL + 8 * i, 1);
@@ -244,9 +294,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     }
     barrier_init(smem + Q_FULL, 1);
     barrier_init(smem + Q_EMPTY, 8);
+    barrier_init(smem + ROUNDED, ROUNDERS);
     for (int i = 0; i < 2; i++) {
       barrier_init(smem + ITEM_FULL + 8 * i, 1);
-      barrier_init(smem + ITEM_EMPTY + 8 * i, 256);
+      barrier_init(smem + ITEM_EMPTY + 8 * i, 256 + (AHEAD ? ROUNDERS * 32 : 0));
     }
     barrier_init_done();
   }
@@ -255,18 +306,25 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   wait_for_previous_kernel();
   if (warpgroup == 0) {
     registers_down<LOADER_REGISTERS>();
-    if (threadIdx.x == 0) load_items(p, &q_map, &k_map, &k_tile_map, smem);
+    const int warp = uniform(threadIdx.x >> 5);
+    if (warp > 0) {
+#if AHEAD
+      round_items(p, smem, warp - 1, lane);
+#endif
+    } else if (lane == 0) {
+      load_items(p, &q_map, &k_map, &k_tile_map, smem);
+    }
     return;
   }
   registers_up<CONSUMER_REGISTERS>();
-  const int which = warpgroup - 1, warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5 & 3, 0);
+  const int which = warpgroup - 1, warp = uniform(threadIdx.x >> 5 & 3);
   const int q_start = start_of(p.shape);
   u32 slot = 0, full = 0;
   Entries entries = {};
   for (int it = 0, loaded = 0;; it++) {
     barrier_wait(smem + ITEM_FULL + 8 * (it & 1), it >> 1 & 1);
     const u32 record = smem + ITEM + 64 * (it & 1);
-    auto field = [&](u32 offset) { return __shfl_sync(FULL_WARP, load_shared(record + offset), 0); };
+    auto field = [&](u32 offset) { return uniform(load_shared(record + offset)); };
     const int kv = field(0), lo = field(4), hi = field(8), sink_lo = field(12);
     const int sinks = field(16) - sink_lo;
     Unit unit;
@@ -299,18 +357,30 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     const bool idle = unit.idle();
     u32 a[2][K_STEPS * 4];
     Row row[2][2];
+#if EXACT_SINKS
+    float own_mean = 0.f, own_unit = 0.f;  // of the quad's four rows, one a lane, to save registers
+#endif
     const int row0 = warp * 16 + (lane >> 2);
-    barrier_wait(smem + Q_FULL, loaded++ & 1);
+    barrier_wait(smem + (AHEAD ? ROUNDED : Q_FULL), loaded++ & 1);
     if (!idle) {
 #pragma unroll
       for (int f = 0; f < 2; f++) {
-        quantise(p.scale, smem + Q_AT + which * UNIT_BYTES, f * 64 + row0, lane,
-                 p.mean_gmem + (i64)kv * ROW_BYTES, a[f], row[f], unit.threshold);
+        const u32 q_smem = smem + Q_AT + which * UNIT_BYTES;
+#if AHEAD
+        load_rounded(q_smem + (f * 64 + warp * 16) * 128, lane, a[f], row[f]);
+#else
+        const float* mean = p.mean_gmem + (i64)kv * CHANNEL_META;
+        quantise(p.scale, q_smem, f * 64 + row0, lane, mean, mean + ROW_BYTES, unit.threshold, a[f],
+                 row[f]);
+#endif
 #pragma unroll
         for (int r = 0; r < 2; r++) {
           // m = +inf loses every comparison; as does a finite t then.
           if (!votes(p.shape, span, unit.batch, span.low + f * 64 + row0 + r * 8))
             row[f][r].silence();
+#if EXACT_SINKS
+          if ((lane & 3) == f * 2 + r) own_mean = row[f][r].mean, own_unit = row[f][r].per_unit;
+#endif
         }
       }
     }
@@ -330,23 +400,30 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       if (RELATIVE && !idle) {
         const u32 scales = meta + (sink_lo + n) % GROUP_TILES * 4;
         const float scale_k = load_shared_float(scales), norm_k = load_shared_float(scales + 16);
+#if EXACT_SINKS
+        float s[2][32], x[2];
+#pragma unroll
+        for (int f = 0; f < 2; f++)
+          multiply_16bit(s[f], smem + Q_AT + which * UNIT_BYTES + f * 64 * 128, k_smem);
+#else
+        int s[2][32], x[2];
+#pragma unroll
+        for (int f = 0; f < 2; f++) multiply(s[f], a[f], k_smem, BLOCK_K);
+#endif
 #pragma unroll
         for (int f = 0; f < 2; f++) {
-#if EXACT_SINKS
-          float s[32], x[2];
-          multiply_16bit(s, smem + Q_AT + which * UNIT_BYTES + f * 64 * 128, k_smem);
-#else
-          int s[32], x[2];
-          multiply(s, a[f], k_smem, BLOCK_K);
-#endif
-          wgmma_wait<0>();
-          pin(s);
-          hide(s, p.shape, unit.batch, sink_lo + n, span.low + f * 64 + row0, lane);
-          tile_max<32, 0>(s, x[0], x[1]);
+          if (f == 0) wgmma_wait<1>();
+          else wgmma_wait<0>();
+          pin(s[f]);
+          hide(s[f], p.shape, unit.batch, sink_lo + n, span.low + f * 64 + row0, lane);
+          tile_max<32, 0>(s[f], x[0], x[1]);
 #pragma unroll
           for (int r = 0; r < 2; r++) {
 #if EXACT_SINKS
-            raise_exactly(p.scale, row[f][r], quad_max(x[r]));
+            const int holder = (lane & ~3) + f * 2 + r;
+            raise_exactly(p.scale, row[f][r], quad_max(x[r]),
+                          __shfl_sync(FULL_WARP, own_mean, holder),
+                          __shfl_sync(FULL_WARP, own_unit, holder));
 #else
             x[r] = max(x[r], __shfl_xor_sync(FULL_WARP, x[r], 1));
             x[r] = max(x[r], __shfl_xor_sync(FULL_WARP, x[r], 2));
@@ -375,7 +452,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       return sift(p.scale, x, row[f], meta, edge);
 #elif EXACT
       const u32 place = tile << TILE_SHIFT | f << 8 | warp << 6;
-      return sift(p.scale, x, row[f], meta, edge, lane, line, place, entries);
+      return sift(p.scale, x, row[f], meta, lane, line, place, entries);
 #else
       return decide(p.scale, x, row[f], meta, edge);
 #endif
