@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import struct
 import sys
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,26 +91,40 @@ def load(variant: Variant, arch: str, device: int, smem: int = 0) -> Kernel:
     return Kernel(handle=handle, library=library)
 
 
-def launch(
-    kernel: Kernel,
-    grid: tuple[int, int, int],
-    block: int,
-    smem: int,
-    args: Sequence[bytes],
-    *,
-    stream: int,
-    overlap: bool = False,
-) -> None:
-    """Queue a kernel on a stream of the current context.
+class Stage:
+    """A kernel, its launch configuration, and host memory for the parameters of one launch.
 
-    args: one packed value per kernel parameter (`struct.pack`; a tensor map is its 128 bytes).
-    overlap: it may start before its predecessor ends (griddepcontrol in the kernel).
+    layout: a `struct` format for each kernel parameter, without padding between fields. The driver
+    copies parameters while it queues a kernel, so this memory serves every call; threads that
+    launch the same kernel take turns.
     """
-    config = _Config(*grid, block, 1, 1, smem, stream, _OVERLAP_ADDRESS, int(overlap))
-    values = (ctypes.c_char_p * len(args))(*args)
-    status = driver().cuLaunchKernelEx(ctypes.byref(config), kernel.handle, values, None)
-    if status:
-        _check(status, "kernel launch")
+
+    def __init__(
+        self, kernel: Kernel, grid: tuple[int, int, int], threads: int, smem: int, *layout: str
+    ) -> None:
+        sizes = [struct.calcsize("<" + parameter) for parameter in layout]
+        self._pack = struct.Struct("<" + "".join(layout)).pack_into
+        self._values = ctypes.create_string_buffer(sum(sizes))
+        places = itertools.accumulate(sizes, initial=ctypes.addressof(self._values))
+        pointers = (ctypes.c_void_p * len(sizes))(*itertools.islice(places, len(sizes)))
+        self._config = _Config(*grid, threads, 1, 1, smem, 0, _OVERLAP_ADDRESS, 0)
+        self._arguments = ctypes.byref(self._config), kernel.handle, pointers, None
+        self._kernel = kernel  # keeps it loaded
+        self._turn = threading.Lock()
+
+    def run(self, stream: int, *values: float | bytes, overlap: bool = True) -> None:
+        """Queue it on a stream of the current context.
+
+        values: the fields of all parameters, in order (a tensor map is its 128 bytes).
+        overlap: it may start while its predecessor, one of ours, still runs (griddepcontrol in the
+        kernel).
+        """
+        with self._turn:
+            self._pack(self._values, 0, *values)
+            self._config.stream, self._config.count = stream, overlap
+            status = driver().cuLaunchKernelEx(*self._arguments)
+        if status:
+            _check(status, "kernel launch")
 
 
 def zero(address: int, size: int, stream: int) -> None:

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
-from bsfa_compile.errors import BsfaError
-from bsfa_compile.ops import dispatch
+from bsfa_compile.ops import autograd, dispatch
 from bsfa_compile.ops.call import Gate, empty_out, lse_dtype, make_call
 from bsfa_compile.ops.tiles import mask_rows, mask_words
 
@@ -145,47 +144,6 @@ def _fake_backward(
     return empty_out(q, q), empty_out(k, k), empty_out(v, v)
 
 
-def _save(
-    ctx: Any, tensors: tuple[Tensor, ...], mask: Sequence[Any], blocks: Any, last: Sequence[Any]
-) -> None:
-    padding, start, *ctx.mask = mask
-    ctx.blocks, ctx.trailing = blocks, len(last)
-    ctx.save_for_backward(*tensors, padding, start, _sinks(last))
-
-
-def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, _, *config = inputs
-    out, lse, tile_mask, counts = output
-    ctx.mark_non_differentiable(tile_mask, counts)
-    _save(ctx, (q, k, v, out, lse, tile_mask), config[:7], config[10:12], config[13:])
-
-
-def _attend_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, tile_mask, *config = inputs
-    _save(ctx, (q, k, v, *output, tile_mask), config[:7], config[7:9], config[9:])
-
-
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor, others: int) -> tuple[Any, ...]:
-    """Of q, k, v, then None for `others` arguments, then of the sinks if they were passed."""
-    *saved, sinks = ctx.saved_tensors
-    grads = attend_backward(grad_out, grad_lse, *saved, *ctx.mask, *ctx.blocks)
-    of_sinks = None
-    if sinks is not None and ctx.needs_input_grad[-1]:
-        out, lse = saved[3:5]
-        share = torch.exp(sinks[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
-        through_out = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1)
-        of_sinks = (share * (grad_lse - through_out)).sum(dim=(0, 2))
-    return *grads, *[None] * others, *[of_sinks] * ctx.trailing
-
-
-def _attention_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor, *_: Any) -> tuple[Any, ...]:
-    return _gradients(ctx, grad_out, grad_lse, 14)
-
-
-def _attend_backward_formula(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    return _gradients(ctx, grad_out, grad_lse, 10)
-
-
 def _lower(x: Tensor) -> Tensor:
     """As autocast does for attention: to the dtype in force, float64 excepted."""
     eligible = x.is_floating_point() and x.dtype != torch.float64
@@ -195,12 +153,6 @@ def _lower(x: Tensor) -> Tensor:
 def _autocast_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     with torch.autocast(q.device.type, enabled=False):
         return attention(_lower(q), _lower(k), _lower(v), *rest)
-
-
-def _twice(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    raise BsfaError(
-        "block-sparse attention cannot be differentiated twice; leave out create_graph=True."
-    )
 
 
 _REAL: dict[str, Callable[..., Any]] = {
@@ -223,13 +175,11 @@ for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("attention_v1", _autocast_attention, f"Autocast{_device}")
 _LIBRARY.impl("site_v1", _site, "CompositeExplicitAutograd")
 torch.library.register_fake("bsfa::site_v1", _fake_site, lib=_LIBRARY)
+_LIBRARY.impl("attention_v1", autograd.of_attention(_attention), "Autograd", with_keyset=True)
 torch.library.register_autograd(
-    "bsfa::attention_v1", _attention_backward, setup_context=_attention_context, lib=_LIBRARY
+    "bsfa::attend_v1", autograd.of_attend, setup_context=autograd.attend_context, lib=_LIBRARY
 )
-torch.library.register_autograd(
-    "bsfa::attend_v1", _attend_backward_formula, setup_context=_attend_context, lib=_LIBRARY
-)
-torch.library.register_autograd("bsfa::attend_backward_v1", _twice, lib=_LIBRARY)
+torch.library.register_autograd("bsfa::attend_backward_v1", autograd.twice, lib=_LIBRARY)
 
 attention = torch.ops.bsfa.attention_v1.default
 gate = torch.ops.bsfa.gate_v1.default

@@ -6,7 +6,6 @@ One pass decides and computes. Runs on any card of compute capability 8.0 or new
 from __future__ import annotations
 
 import functools
-import struct
 
 import torch
 from torch import Tensor
@@ -14,11 +13,11 @@ from torch import Tensor
 from bsfa_compile.ops import kernels
 from bsfa_compile.ops.call import Call, Gate, Result, empty_out
 from bsfa_compile.ops.compiler import KernelUnavailable, arch_for
-from bsfa_compile.ops.driver import Kernel, launch, load, zero
+from bsfa_compile.ops.driver import Kernel, Stage, load, zero
 from bsfa_compile.ops.tiles import BLOCK_K, BLOCK_Q, mask_rows, mask_words
 
-_PARAMS = struct.Struct("<12Q6q15i2f4x")  # Params of cuda/sm80/attention.cu
-_PADDING_PARAMS = struct.Struct("<3Q2qi4x")  # Params of cuda/sm80/padding.cu
+_PARAMS = "12Q6q15i2f4x"  # Params of cuda/sm80/attention.cu
+_PADDING_PARAMS = "3Q2qi4x"  # Params of cuda/sm80/padding.cu
 _LONGEST = 2**29  # positions, so that device arithmetic on them stays within an int
 _FURTHEST = 2**25  # elements between rows
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -61,6 +60,18 @@ def _kernel(key: _Key) -> tuple[Kernel, int, int]:
         padded=padded,
     )
     return load(chosen.variant, arch, device, chosen.smem), chosen.threads, chosen.smem
+
+
+@functools.lru_cache(maxsize=1024)
+def _stage(key: _Key, grid: tuple[int, int, int]) -> Stage:
+    kernel, threads, smem = _kernel(key)
+    return Stage(kernel, grid, threads, smem, _PARAMS)
+
+
+@functools.lru_cache(maxsize=64)
+def _padding_stage(device: int, batch: int) -> Stage:
+    kernel = load(kernels.PADDING, arch_of(device), device)
+    return Stage(kernel, (batch, 1, 1), 1024, 0, _PADDING_PARAMS)
 
 
 @functools.cache
@@ -118,12 +129,9 @@ def padding(mask: Tensor, k_len: int, stream: int) -> tuple[Tensor, Tensor]:
     batch, tiles = mask.shape[0], -(-k_len // BLOCK_K)
     bits = torch.empty((batch, tiles), dtype=torch.int64, device=mask.device)
     bounds = torch.empty((batch, 2), dtype=torch.int32, device=mask.device)
-    device = mask.device.index
-    kernel = load(kernels.PADDING, arch_of(device), device)
-    params = _PADDING_PARAMS.pack(
-        mask.data_ptr(), bits.data_ptr(), bounds.data_ptr(), mask.stride(0), mask.stride(1), k_len
-    )
-    launch(kernel, (batch, 1, 1), 1024, 0, (params,), stream=stream)
+    pointers = mask.data_ptr(), bits.data_ptr(), bounds.data_ptr()
+    stage = _padding_stage(mask.device.index, batch)
+    stage.run(stream, *pointers, *mask.stride(), k_len, overlap=False)
     return bits, bounds
 
 
@@ -145,9 +153,7 @@ def _run(
     counts: Tensor | None = None,
 ) -> None:
     g = call.geometry
-    device = q.device.index
-    kernel, threads, smem = _kernel(_key(q, v, decide, call))
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = torch._C._cuda_getCurrentRawStream(q.device.index)
     key_bits = bounds = None
     if call.key_padding_mask is not None:
         key_bits, bounds = padding(call.key_padding_mask, g.k_len, stream)
@@ -161,7 +167,9 @@ def _run(
     values = k if v is None else v
     batch, heads, _, width = q.shape
     q_stride, k_stride, v_stride = q.stride(), k.stride(), values.stride()
-    params = _PARAMS.pack(
+    grid = (tile_mask.shape[2], heads, batch)
+    _stage(_key(q, v, decide, call), grid).run(
+        stream,
         q.data_ptr(),
         k.data_ptr(),
         values.data_ptr(),
@@ -197,9 +205,8 @@ def _run(
         0 if g.window is None else min(g.window, _LONGEST),
         call.scale,
         0.0 if call.softcap is None else call.softcap,
+        overlap=False,
     )
-    grid = (tile_mask.shape[2], heads, batch)
-    launch(kernel, grid, threads, smem, (params,), stream=stream)
 
 
 def _decision(q: Tensor, call: Call) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import struct
 
 import torch
 from torch import Tensor
@@ -11,10 +10,10 @@ from torch import Tensor
 from bsfa_compile.ops import kernels
 from bsfa_compile.ops.call import Call
 from bsfa_compile.ops.compiler import KernelUnavailable
-from bsfa_compile.ops.driver import Kernel, launch, load
+from bsfa_compile.ops.driver import Kernel, Stage, load
 from bsfa_compile.ops.sm80 import arch_of, padding, unsuited
 
-_PARAMS = struct.Struct("<8Q2q15i2f4x")  # Params of cuda/sm80/observe.cu
+_PARAMS = "8Q2q15i2f4x"  # Params of cuda/sm80/observe.cu
 _SLOT_BYTES = {4: 544, 8: 576}  # that wait for one tile, by warps: SLOT there
 _LONGEST = 2**29
 
@@ -84,7 +83,8 @@ def measure(
         held = None
         if call.key_padding_mask is not None:
             held = padding(call.key_padding_mask, g.k_len, stream)
-        params = _PARAMS.pack(
+        Stage(kernel, (grid, 1, 1), chosen.threads, chosen.smem, _PARAMS).run(
+            stream,
             q.data_ptr(),
             k.data_ptr(),
             statistic.data_ptr(),
@@ -111,6 +111,6 @@ def measure(
             0 if g.window is None else min(g.window, _LONGEST),
             call.scale,
             0.0 if call.softcap is None else call.softcap,
+            overlap=False,
         )
-        launch(kernel, (grid, 1, 1), chosen.threads, chosen.smem, (params,), stream=stream)
     return statistic, mass
