@@ -20,6 +20,11 @@ from bsfa_compile.ops.tiles import BLOCK_K, BLOCK_Q
 from bsfa_compile.passes.rewrite import Rule
 from bsfa_compile.state import refuse
 
+_HOOKED = (
+    "accelerate's hooks (device_map, offloading) break the model's graph: load it with "
+    'attn_implementation="bsfa", which needs none'
+)
+
 
 def calibrate(
     model: nn.Module | fx.GraphModule | ExportedProgram,
@@ -78,6 +83,8 @@ def calibrated(
             dense = {n: why for n, why in watcher.dense.items() if n not in watcher.sparse}
             if broken:
                 dense |= modules.untraced(model, first, watcher)
+            if any(hasattr(module, "_hf_hook") for module in model.modules()):
+                dense = {name: f"{why}; {_HOOKED}" for name, why in dense.items()}
         found, wrong = observer.statistics, observer.mismatches
         uncalled = tuple(name for name, n in observer.calls.items() if not n and name not in dense)
     for name, why in wrong.items():

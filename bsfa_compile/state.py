@@ -115,9 +115,10 @@ class State:
             self.warned = True
             warnings.warn(
                 f"{what} runs outside the compiled graph, so its attention is dense: a graph "
-                "break around it, torch.compiler.disable, a direct call of model.forward, the "
-                "recompile limit (torch._dynamo.config.recompile_limit), or a backend of "
-                'torch.compile other than "bsfa"',
+                "break around it (accelerate's hooks make one), torch.compiler.disable, a direct "
+                "call of model.forward, the recompile limit "
+                "(torch._dynamo.config.recompile_limit), or a backend of torch.compile other than "
+                '"bsfa"',
                 stacklevel=3,
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,3 +107,21 @@ def test_writing_into_a_lazy_mask_ends_its_structure() -> None:
     mask.logical_not_()
     assert mask.structure is None
     assert mask.dense()[1, 0, 0].all()
+
+
+def test_a_lazy_mask_moves_to_another_device_unmade() -> None:
+    """As accelerate moves it between layers on several devices; "meta" stands for another card."""
+    model = zoo.build("llama")
+    model.set_attn_implementation("bsfa")
+    mask = create_causal_mask(model.config, torch.zeros(2, 8, 4), _left(8), None)
+    assert isinstance(mask, LazyMask) and mask.structure is not None
+    there = mask.to("meta", non_blocking=True)
+    assert isinstance(there, LazyMask) and there.structure is not None
+    assert there.device.type == "meta" and there.shape == mask.shape
+    padding = there.structure.key_padding
+    assert padding is not None and padding.device.type == "meta"
+    assert there.structure == replace(mask.structure, key_padding=padding)
+    assert there.dense().device.type == "meta"
+    assert not isinstance(mask.to(torch.float32), LazyMask)
+    mask.logical_not_()
+    assert not isinstance(mask.to("meta"), LazyMask)

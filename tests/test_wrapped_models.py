@@ -89,16 +89,21 @@ def test_int8_weights(path: str) -> None:
     check(model, zoo.left_padded(zoo.inputs("llama", 100), (0, 20)), path)
 
 
-def test_weights_offloaded_by_accelerate() -> None:
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+def test_weights_offloaded_by_accelerate(home: str, tmp_path: Path) -> None:
     """Its hooks break graphs everywhere: sparse through the door, dense with a reason elsewhere."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    where: dict[str, Any] = {"execution_device": torch.device("cpu")}
+    offload = accelerate.cpu_offload
+    if home == "disk":
+        offload, where["offload_dir"] = accelerate.disk_offload, tmp_path
     given = zoo.left_padded(zoo.inputs("llama", 100), (0, 20))
     usual = llama("door")
     calibration = bsfa.calibrate(usual, given, **toy.BLOCKS, progress=False)
     solved = replace(calibration.thresholds(bsfa.Budget(0.2)), fingerprint=None)
     bsfa.apply(usual, solved, compile=False, dense_if_faster=False)
     wanted = zoo.output(usual, given)
-    model = accelerate.cpu_offload(llama("door"), execution_device=torch.device("cpu"))
+    model = offload(llama("door"), **where)
     assert next(model.model.layers[0].parameters()).device.type == "meta"
     bsfa.apply(model, solved, compile=False, dense_if_faster=False)
     assert torch.allclose(zoo.output(model, given), wanted)
@@ -106,9 +111,9 @@ def test_weights_offloaded_by_accelerate() -> None:
     assert toy.skipped(model) == pytest.approx(toy.skipped(usual))
     again = bsfa.calibrate(bsfa.revert(model), given, **toy.BLOCKS, progress=False)
     assert list(again.sites) == list(calibration.sites)
-    model = accelerate.cpu_offload(llama("graph"), execution_device=torch.device("cpu"))
+    model = offload(llama("graph"), **where)
     again = bsfa.calibrate(model, given, progress=False)
-    assert not again.sites and all("mask" in why for why in again.dense.values())
+    assert not again.sites and all("accelerate's hooks" in why for why in again.dense.values())
 
 
 @pytest.mark.parametrize("hooks", ["every module", "every block"])
@@ -133,6 +138,46 @@ def test_device_map_over_several_devices(hooks: str) -> None:
         assert not calibration.sites
         assert set(zoo.ZOO["llama"].sites) <= set(calibration.dense)
         assert all("input of the graph" in why for why in calibration.dense.values())
+        assert all("accelerate's hooks" in why for why in calibration.dense.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card beside the CPU")
+@pytest.mark.parametrize("how", ["offloaded", "computed there"])
+@pytest.mark.parametrize("path", PATHS)
+def test_layers_on_a_card_and_on_the_cpu(path: str, how: str) -> None:
+    """A device_map that leaves the second layer on the CPU, or offloads it there."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    plain = zoo.left_padded(zoo.inputs("llama", 150), (0, 20))
+    given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in plain.items()}
+    rows = given["attention_mask"].bool()
+    values = {n: torch.full((4, 1), -0.02 - i) for i, n in enumerate(zoo.ZOO["llama"].sites)}
+    solved = Thresholds(values=values, **toy.BLOCKS)
+    usual = llama("door").double().cuda()
+    dense = zoo.output(usual, given)[rows]
+    bsfa.apply(usual, solved, compile=False, dense_if_faster=False)
+    sparse, rates = zoo.output(usual, given)[rows], toy.skipped(usual)
+    assert len(set(rates.values())) == 2  # each layer has thresholds of its own
+    model = llama(path).double()
+    if how == "offloaded":
+        names = ("embed_tokens", "rotary_emb", "layers.0", "layers.1", "norm")
+        places: dict[str, Any] = {"lm_head": 0} | {f"model.{n}": 0 for n in names}
+        places["model.layers.1"] = "cpu"
+        accelerate.dispatch_model(model, places, main_device=0)
+    else:
+        hook = accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True, place_submodules=True)
+        accelerate.hooks.add_hook_to_module(model.cuda().model.layers[1], hook)
+    if path == "door":
+        bsfa.apply(model, solved, compile=False, dense_if_faster=False)
+        assert torch.allclose(zoo.output(model, given)[rows], sparse)
+        assert bsfa.report(model).calls == {"sparse": 2}
+        assert toy.skipped(model) == pytest.approx(rates)
+    else:  # what the graphs show of it is dense, the first layer perhaps excepted
+        values = {name: torch.full_like(v, -torch.inf) for name, v in values.items()}
+        bsfa.apply(model, Thresholds(values=values, **toy.BLOCKS), **toy.EAGER)
+        assert torch.allclose(zoo.output(model, given)[rows], dense)
+    bsfa.revert(model)
+    assert torch.allclose(zoo.output(model, given)[rows], dense)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -18,10 +18,10 @@ ZOO: dict[str, Entry] = {**DECODERS, **ENCODERS}
 PIXELS = (2, 3, 64, 64)
 
 
-def build(name: str, *, layers: int | None = None) -> Any:
-    """The model, in eval mode, the same weights every time."""
+def build(name: str, *, layers: int | None = None, **changes: Any) -> Any:
+    """The model, in eval mode, the same weights every time; changes: of its configuration."""
     entry = ZOO[name]
-    config = dict(entry.config)
+    config = {**entry.config, **changes}
     if layers is not None:
         config["num_hidden_layers"] = layers
     torch.manual_seed(0)

@@ -27,13 +27,15 @@ table anew and fails if anything in it is not as `tests/zoo_*.py` say it must be
   gemma2, gptj and codegen compute their softmax in float32 whatever their weights are.
 - *generate*: whether greedy generation with a cache gives the same tokens, padded and not. Steps
   of one token are dense by design.
+- *door*: sites that are sparse without a graph, by `attn_implementation="bsfa"`, with the same
+  checks of outputs and tokens; empty where the model's attention is not transformers' own.
 - *skipped*: tiles dropped at thresholds that drop some, by the relative gate. Where masks are
   plain, the output there was compared with the reference's too, for both gates.
 
 {sites} sites sparse, {dense} dense with a reason, none unexplained.
 
-| architecture | kind | sparse | dense | error | padded | generate | skipped |
-|---|---|---|---|---|---|---|---|
+| architecture | kind | sparse | dense | error | padded | generate | door | skipped |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -61,6 +63,7 @@ def row(name: str, found: dict[str, Any]) -> str:
         f"{found['error_plain']:.0e}",
         f"{found['error_padded']:.0e}" if "error_padded" in found else "",
         ("same" if all(same) else "DIFFERS") if same else "",
+        str(len(found["door"])) if "door" in found else "",
         f"{sum(rates) / len(rates):.0%}" if rates else "",
     )
     return f"| {' | '.join(cells)} |"

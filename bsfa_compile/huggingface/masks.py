@@ -8,7 +8,7 @@ whether it is causal, a window, or something else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -135,7 +135,7 @@ class LazyMask(Tensor):
     def __new__(
         cls, structure: Structure, shape: Sequence[int], device: Any, arguments: Mapping[str, Any]
     ) -> LazyMask:
-        """arguments: of sdpa_mask, which makes the mask."""
+        """arguments: of sdpa_mask, which makes the mask, wherever it is needed then."""
         mask: LazyMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         mask.structure, mask._arguments, mask._made = structure, arguments, None
         return mask
@@ -144,9 +144,18 @@ class LazyMask(Tensor):
         """The mask as a plain tensor."""
         if self._made is None:
             arguments = {**self._arguments, "allow_is_causal_skip": False}
-            self._made = sdpa_mask(**{**arguments, "allow_is_bidirectional_skip": False})
-        assert self._made is not None, "nothing is skipped"
+            made = sdpa_mask(**{**arguments, "allow_is_bidirectional_skip": False})
+            assert made is not None, "nothing is skipped"
+            self._made = made.to(self.device)
         return self._made
+
+    def _moved(self, device: torch.device) -> LazyMask:
+        """The mask on another device, as layers on several devices need it; still not made."""
+        assert self.structure is not None, "it was not written to"
+        padding = self.structure.key_padding
+        padding = None if padding is None else padding.to(device)
+        structure = replace(self.structure, key_padding=padding)
+        return LazyMask(structure, self.shape, device, self._arguments)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares no classmethod
@@ -159,7 +168,12 @@ class LazyMask(Tensor):
                 value.structure = None
             return value.dense()
 
-        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+        given = kwargs or {}
+        device, dtype = given.get("device"), given.get("dtype", torch.bool)
+        moves = func is torch.ops.aten._to_copy.default and device and dtype == torch.bool
+        if moves and args[0].structure is not None:
+            return args[0]._moved(device)
+        return func(*tree_map(plain, args), **tree_map(plain, given))
 
 
 def make_mask(

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from bsfa_compile.ops import chunked, chunked_backward, cpu, crossover, dense, launch
 from bsfa_compile.ops.call import Call, Gate, Result, empty_out, lse_dtype
+from bsfa_compile.ops.visible import FEW_ROWS
+
+_MANY_KEYS = 16384
 
 
 def attention(
@@ -23,6 +26,7 @@ def attention(
 ) -> Result:
     """Attention over the tiles that the gate keeps; over all of them without a gate, or, if
     `dense_if_faster` allows it, where keeping all is faster."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
     can_be_dense = dense.reason(q, k, v, call) is None
     if gate is None or (dense_if_faster and can_be_dense and _dense_by_shape(q, k, gate)):
         return _dense(q, k, v, call, can_be_dense=can_be_dense)
@@ -38,13 +42,19 @@ def attention(
     return chunked.attention(q, k, v, call, gate=gate)
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x with each row in one piece: no kernel reads it otherwise, and torch's do not all refuse."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call, *, can_be_dense: bool) -> Result:
-    """Every tile kept. On CUDA our own kernels beat torch's on long calls and where those would
-    need a mask in memory or a pass of their own for the sinks; torch's take less time to start."""
+    """Every tile kept. On CUDA by our own kernels: they beat torch's on long calls, and on short ones
+    the tile mask and the counts would take dozens of small operations besides. A few rows over
+    many keys are torch's, which splits the keys."""
     g = call.geometry
-    masked = not (call.key_padding_mask is None and g.window is None and call.sinks is None)
-    long = q.shape[2] >= crossover.of(q.device).tokens
-    own = q.device.type == "cuda" and (masked or not can_be_dense or long)
+    plain = call.key_padding_mask is None and g.window is None and call.sinks is None
+    few = plain and g.q_blocks <= FEW_ROWS and g.k_len > _MANY_KEYS
+    own = q.device.type == "cuda" and not (few and can_be_dense)
     family = launch.find(q, k, v, call, None)[0] if own else None
     if family is not None:
         return launch.attention(family, q, k, v, call, None)
@@ -53,6 +63,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call, *, can_be_dense: bool) -
 
 def tile_mask(q: Tensor, k: Tensor, call: Call, gate: Gate) -> tuple[Tensor, Tensor]:
     """The decision alone: (packed tile mask, counts)."""
+    q, k = _rows(q), _rows(k)
     family, _ = launch.find(q, k, None, call, gate)
     if family is not None:
         return launch.tile_mask(family, q, k, call, gate)
@@ -62,6 +73,7 @@ def tile_mask(q: Tensor, k: Tensor, call: Call, gate: Gate) -> tuple[Tensor, Ten
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Attention over the tiles of a packed tile mask: (out, lse)."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
     if q.device.type == "cpu":
         return cpu.attend(q, k, v, call, tiles)
     family, _ = launch.find(q, k, v, call, None)

@@ -27,6 +27,8 @@ def without_last_column(node: fx.Node) -> bool:
 
 def is_row_maximum(node: object, scores: object) -> bool:
     """Whether a node is the maximum of each row of `scores`: no softmax feels it subtracted."""
+    if isinstance(node, fx.Node) and op_name(node) == "detach":
+        node = node.args[0]
     if not isinstance(node, fx.Node) or tensor(node) is None:
         return False
     if op_name(node) == "getattr" or op_name(node) == "getitem":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -62,6 +63,8 @@ def _options(arguments: Mapping[str, object]) -> str | None:
     scale = arguments["scale"]
     if scale is not None and not isinstance(scale, int | float):
         return "the scale is not a constant"
+    if scale is not None and not 0 < scale < math.inf:
+        return f"the scale is {scale}: only positive ones are supported"
     if not isinstance(arguments["is_causal"], bool):
         return "is_causal is not a constant"
     if arguments["is_causal"] and arguments["attn_mask"] is not None:

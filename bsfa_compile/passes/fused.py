@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -55,10 +55,13 @@ def _used(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user.target is not operator.getitem or user.users]
 
 
-def open_fused(graph: fx.Graph) -> None:
-    """Replace calls of multi_head_attention_forward by what they compute, attention by SDPA."""
+def open_fused(graph: fx.Graph, closed: Collection[fx.Node] = ()) -> None:
+    """Replace calls of multi_head_attention_forward by what they compute, attention by SDPA.
+
+    closed: nodes that stay as they are.
+    """
     for node in list(graph.nodes):
-        if node.target is not MULTI_HEAD or _why_closed(node) is not None:
+        if node.target is not MULTI_HEAD or node in closed or _why_closed(node) is not None:
             continue
         last = node.prev
         with graph.inserting_before(node):

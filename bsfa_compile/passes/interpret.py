@@ -15,11 +15,12 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from bsfa_compile.passes import domain
-from bsfa_compile.passes.domain import KEY, Index, Num, Opaque, Table, Value
+from bsfa_compile.passes.domain import KEY, Distance, Index, Num, Opaque, Table, Value
 from bsfa_compile.passes.nodes import as_expr, is_one, mutated, plain_name, settled, tensor, value
 
 Rule = Callable[["Interpreter", fx.Node], Value]
 RULES: dict[str, Rule] = {}
+_WIDE = (torch.int32, torch.int64, torch.float32, torch.float64)  # exact at every position
 LEARNED = "the attention mask is a bias that the model learned"
 
 
@@ -104,6 +105,8 @@ class Interpreter:
         floating = fake.is_floating_point()
         boolean = fake.dtype == torch.bool
         result = domain.cast(result, "bool" if boolean else "float" if floating else "int")
+        if isinstance(result, Index | Distance) and fake.dtype not in _WIDE:
+            return Opaque(f"the attention mask counts positions in {fake.dtype}")
         if isinstance(result, Index) and is_one(fake.shape[result.axis]):
             return Num(result.offset)
         if any(is_one(fake.shape[axis]) for axis in domain.axes(result)):

@@ -240,7 +240,8 @@ def _with_reads(
             return "the attention mask is written in place"
     reads = {}
     for leaf, family in families.items():
-        readers = [n for n in run.values if any(i in family for i in n.all_input_nodes)]
+        later = [n for n in run.values if at[leaf] < at[n]]
+        readers = [n for n in later if any(i in family for i in n.all_input_nodes)]
         if not family.isdisjoint(masks) or not readers:
             readers.append(site)
         first, last = min(readers, key=at.__getitem__), max(readers, key=at.__getitem__)

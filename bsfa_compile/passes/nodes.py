@@ -13,25 +13,26 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 _ASSERT = torch.ops.aten._assert_tensor_metadata.default
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """The words of a text, as a set."""
     return frozenset(text.split())
 
 
 # Operations whose result may share storage with their first argument.
-VIEWS = _words(
+VIEWS = words(
     "alias bfloat16 bool chunk contiguous detach diagonal double expand expand_as flatten float"
     " getitem half int lift_fresh_copy long mT movedim narrow permute reshape select slice split"
     " squeeze swapaxes t to transpose type type_as unbind unflatten unsqueeze view view_as"
 )
 # Operations on tensors without side effects: what is left of a replaced attention may be deleted.
-PURE = VIEWS | _words(
+PURE = VIEWS | words(
     "_assert_tensor_metadata _to_copy abs add amax and arange baddbmm bitwise_and bitwise_not"
     " bitwise_or bmm cat clone cumsum diff div dropout einsum eq fill full full_like ge gt index"
     " invert le logical_and logical_not logical_or lt masked_fill matmul max mul ne neg new_full"
     " new_ones new_zeros ones ones_like or pad repeat repeat_interleave rsub safe_softmax"
     " scalar_tensor softmax sub tanh tril triu truediv where zeros zeros_like"
 )
-_INPLACE_OPERATORS = _words(
+_INPLACE_OPERATORS = words(
     "setitem delitem iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv"
     " ixor"
 )
@@ -87,6 +88,17 @@ def settled(node: fx.Node) -> bool:
     fresh = op_name(target) not in VIEWS and (not mutated(target) or settled(target))
     later = [u for u in target.users if u is not node and (not u < node or _may_alias(u))]
     return computed and fresh and all(user.target is _ASSERT for user in later)
+
+
+def transformed(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that a transform of torch.func (vmap, grad, jvp) runs."""
+    found, depth = set(), 0
+    for node in graph.nodes:
+        name = op_name(node)
+        depth += name.endswith("increment_nesting") - name.endswith("decrement_nesting")
+        if depth > 0:
+            found.add(node)
+    return found
 
 
 def value(node: object) -> object:

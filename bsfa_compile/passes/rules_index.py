@@ -18,7 +18,7 @@ _GIVEN = "the attention mask depends on the positions given"
 @rule("arange")
 def _arange(run: Interpreter, node: fx.Node) -> Value:
     bounds = node.args if len(node.args) > 1 else (0, *node.args)
-    start, step = run.run(bounds[0]), bounds[2] if len(bounds) > 2 else 1
+    start, step = run.run(bounds[0]), argument(node, 2, "step", 1)
     if not isinstance(start, Num) or step != 1 or len(bounds) < 2:
         return Opaque("the attention mask uses an arange with a step")
     return Index(-1, sympy.sympify(start.value))

@@ -16,8 +16,8 @@ from bsfa_compile.passes.emit import realisable
 from bsfa_compile.passes.fused import HIDDEN, open_fused
 from bsfa_compile.passes.heads import unrepeated
 from bsfa_compile.passes.masks import Mask, Meaning, recognise
-from bsfa_compile.passes.nodes import op_name, rebind, tensor
-from bsfa_compile.passes.written import SOFTMAX, match
+from bsfa_compile.passes.nodes import op_name, rebind, tensor, transformed
+from bsfa_compile.passes.written import ANCHORS, attends, match
 
 SDPA = frozenset(
     (
@@ -26,6 +26,7 @@ SDPA = frozenset(
         torch.ops.aten.scaled_dot_product_attention.default,
     )
 )
+TRANSFORMED = "it is inside a transform of torch.func (vmap, grad, jvp)"
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _DEFAULTS = {
     "attn_mask": None,
@@ -102,12 +103,15 @@ def find(gm: fx.GraphModule) -> list[Site]:
     found, calls = [], Counter[str]()
     for part in graphs(gm):
         rebind(part.graph)
-        open_fused(part.graph)
+        inside = transformed(part.graph)
+        open_fused(part.graph, inside)
         for node in list(part.graph.nodes):
             if node.op not in ("call_function", "call_method"):
                 continue
-            written = match(node) if op_name(node) in SOFTMAX else None
+            written = match(node) if op_name(node) in ANCHORS and node not in inside else None
             other = None if node.target in SDPA else _other_attention(node)
+            if node in inside and (node.target in SDPA or other is not None or attends(node)):
+                other = TRANSFORMED
             if node.target not in SDPA and written is None and other is None:
                 continue
             key, path = owner(node)

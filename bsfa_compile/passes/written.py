@@ -23,12 +23,25 @@ from bsfa_compile.passes.nodes import (
     settled,
     tensor,
     value,
+    words,
 )
 from bsfa_compile.passes.products import Product, product
 
 SOFTMAX = ("softmax", "safe_softmax")
+ANCHORS = (*SOFTMAX, "log_softmax", "exp")  # a softmax, or what people make one of
 # What may stand between softmax and product; not all of it is understood.
-_BETWEEN = (*CASTS, *SHAPES, "add", "div", "dropout", "getitem", "masked_fill", "mul", "slice")
+_BETWEEN = frozenset((*CASTS, *SHAPES)) | words(
+    "add clamp div dropout exp expand getattr getitem masked_fill mul nan_to_num permute slice sub"
+    " transpose truediv"
+)
+
+
+def attends(node: fx.Node) -> bool:
+    """Whether a node is one of `ANCHORS` and stands between two products."""
+    name = op_name(node)
+    if name == "exp" and all(op_name(user) != "sum" for user in node.users):
+        return False  # by hand, a softmax divides by the sum
+    return name in ANCHORS and _product_below(node) is not None and _has_product_above(node, 14)
 
 
 def match(softmax: fx.Node) -> Written | None:
@@ -37,8 +50,10 @@ def match(softmax: fx.Node) -> Written | None:
     May add views of q, k, v and of the output to the graph, which compute the same.
     """
     out = _product_below(softmax)
-    if out is None or not _has_product_above(softmax, 14):
+    if out is None or not attends(softmax):
         return None
+    if op_name(softmax) not in SOFTMAX:
+        return Written(out=out, reason=f"attention is written out with {op_name(softmax)!r}")
     walk = _Walk(Written(out=out))
     try:
         walk.down(softmax)

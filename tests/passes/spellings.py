@@ -248,6 +248,23 @@ def baddbmm_of_nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # GPT-NeoX o
     return (scores.view(-1, HEADS, LENGTH, LENGTH) + bias(q, k)).softmax(-1) @ v
 
 
+@spelling(**CAUSAL)
+def of_x_transformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("b h i d, b h j d -> b h i j", q * DIM**-0.5, k)
+    scores = scores.masked_fill(~shown(q, k), -torch.finfo(q.dtype).max)
+    scores = scores - scores.amax(dim=-1, keepdim=True).detach()
+    out: Tensor = torch.einsum("b h i j, b h j d -> b h i d", scores.softmax(dim=-1), v)
+    return out
+
+
+@spelling()
+def widths_before_lengths(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # of diffusion models
+    q, k, v = (x.transpose(2, 3).contiguous() for x in (q, k, v))
+    weights = (torch.einsum("b h d i, b h d j -> b h i j", q, k) / ROOT).softmax(dim=-1)
+    out: Tensor = torch.einsum("b h i j, b h d j -> b h d i", weights, v)
+    return out.transpose(2, 3)
+
+
 SINK = torch.tensor([0.5, 2.0], dtype=torch.float64)
 
 

@@ -124,6 +124,14 @@ def permuted(q: Tensor, k: Tensor) -> Tensor:
     )
 
 
+def padding_of_floats(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    return mask.bool()[:, None, None, :]
+
+
+def padding_picked(q: Tensor, k: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    return mask[rows].bool()[:, None, None, :]
+
+
 def padding_longer(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     longer = torch.nn.functional.pad(mask.bool(), (2, 3))
     rows = indices(q.shape[0])[:, None, None, None]
@@ -179,6 +187,8 @@ UNDERSTOOD = [
     (padding_filled_in_place, (sample_padding(),), LQ, PADDED),
     (filled_in_place, (), LQ, CAUSAL),
     (permuted, (), LQ, CAUSAL),
+    (padding_of_floats, (sample_padding() / 3,), LQ, PADDED),
+    (padding_picked, (sample_padding(), torch.tensor([1, 0])), LQ, PADDED),
     (padding_longer, (sample_padding(),), LQ, PADDED),
     (start_in_a_tensor, (torch.tensor(4),), 6, CAUSAL),
     (start_overwritten_later, (torch.tensor(4),), 6, CAUSAL),

@@ -119,6 +119,19 @@ def start_overwritten_between(q: Tensor, k: Tensor, start: Tensor) -> Tensor:
     return (indices(k.shape[2])[None, :] <= rows) & (indices(k.shape[2])[None, :] > rows - start)
 
 
+def every_other_position(q: Tensor, k: Tensor) -> Tensor:
+    return indices(k.shape[2])[None, :] <= torch.arange(0, 2 * q.shape[2], step=2)[:, None]
+
+
+def positions_in_bytes(q: Tensor, k: Tensor) -> Tensor:
+    return indices(k.shape[2])[None, :] <= indices(q.shape[2]).to(torch.uint8)[:, None]
+
+
+def positions_in_bfloat16(q: Tensor, k: Tensor) -> Tensor:
+    row = torch.arange(q.shape[2], dtype=torch.bfloat16)[:, None]
+    return indices(k.shape[2])[None, :] <= row
+
+
 def positions_given(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
     return indices(k.shape[2])[None, None, None, :] <= positions[:, None, :, None]
 
@@ -164,6 +177,9 @@ REFUSED = [
     (written_in_place, (), "written in place"),
     (written_through_a_view, (), "written in place"),
     (start_overwritten_between, (torch.tensor(1),), ""),
+    (every_other_position, (), "other than the positions"),
+    (positions_in_bytes, (), "uint8"),
+    (positions_in_bfloat16, (), "bfloat16"),
     (positions_given, (indices(LQ).expand(B, -1).contiguous(),), ""),
     (per_head, (), ""),
 ]

@@ -171,12 +171,24 @@ def test_supported_calls_give_what_attention_gives(attend: Any, inner: str) -> N
     assert site.rewritten
 
 
+def one_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return sdpa(q[None], k[None], v[None])[0]
+
+
+def one_row_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-1, -2)).softmax(dim=-1) @ v
+
+
 REFUSED: list[tuple[Callable[..., Tensor], str]] = [
     (lambda q, k, v: sdpa(q[:, :2, :1], k, v), "decode"),
     (lambda q, k, v: sdpa(q[:, 0], k[:, 0], v[:, 0]), "3 dimensions"),
     (lambda q, k, v: sdpa(q[:, :2], k, v, dropout_p=0.3), "dropout"),
     (lambda q, k, v: sdpa(q[:, :2, None], k[:, :, None], v[:, :, None]), "5 dimensions"),
     (lambda q, k, v: sdpa(q[:, :2], k[:1], v[:1]), "batch sizes"),
+    (lambda q, k, v: sdpa(q[:, :2], k, v, scale=-0.3), "only positive"),
+    (lambda q, k, v: sdpa(q[:, :2], k, v, scale=0.0), "only positive"),
+    (lambda q, k, v: torch.vmap(one_row)(q[:, :2], k, v), "torch.func"),
+    (lambda q, k, v: torch.vmap(one_row_written)(q[:, :2], k, v), "torch.func"),
 ]
 
 

@@ -116,6 +116,24 @@ def read_before_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ v + seen.mean()
 
 
+def keys_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (k @ q.mT).softmax(dim=-2).mT @ v
+
+
+def softmax_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+    return weights @ v / weights.sum(dim=-1, keepdim=True)
+
+
+def of_logarithms(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.log_softmax(q @ k.mT, dim=-1).exp() @ v
+
+
+def rid_of_nan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(dim=-1).nan_to_num() @ v
+
+
 REFUSED = [
     (other_axis, "another axis"),
     (dropping, "dropout"),
@@ -125,6 +143,10 @@ REFUSED = [
     (column_dropped, "last column"),
     (sink_of_every_row, "per head"),
     (read_before_written, "'mul_'"),
+    (keys_first, "another axis"),
+    (softmax_by_hand, "'exp'"),
+    (of_logarithms, "'log_softmax'"),
+    (rid_of_nan, "'nan_to_num'"),
 ]
 
 
