@@ -48,9 +48,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call, *, can_be_dense: bool) -> Result:
-    """Every tile kept. On CUDA by our own kernels: they beat torch's on long calls, and on short ones
-    the tile mask and the counts would take dozens of small operations besides. A few rows over
-    many keys are torch's, which splits the keys."""
+    """Every tile kept. On CUDA by our own kernels: they beat torch's on long calls, and on short
+    ones the tile mask and the counts would take dozens of small operations besides. A few rows
+    over many keys are torch's, which splits the keys."""
     g = call.geometry
     plain = call.key_padding_mask is None and g.window is None and call.sinks is None
     few = plain and g.q_blocks <= FEW_ROWS and g.k_len > _MANY_KEYS
