@@ -33,5 +33,3 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
     if (barrier_try(barrier, parity)) return;
   __trap();
 }
-// Orders this CTA's own reads and writes of shared memory before copies that follow.
-DEVICE void after_generic_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -3,11 +3,8 @@
 #include "gate_rows.cuh"
 #include "halves.cuh"
 
-// The loader's other warps round Q of the next item while this one is under way, in place, if the
-// 16-bit tile has no other use and their registers suffice.
-#define AHEAD (HEAD_DIM <= 128 && !EXACT_SINKS)
-#define SLABS_AT_ONCE (AHEAD ? 1 : Q_SLABS)
-#define SAVE_REGISTERS (AHEAD || HEAD_DIM > 128)  // by not reading far ahead
+#define SAVE_REGISTERS (HEAD_DIM > 128)  // by not reading far ahead
+#define SLABS_AT_ONCE (SAVE_REGISTERS ? 1 : Q_SLABS)
 #define SLAB_BYTES_16 (BLOCK_Q * 128)  // 64 columns in 16 bits
 
 // x / 127, correctly rounded as the reference's is (a Newton step on the product with the rounded
@@ -120,54 +117,6 @@ DEVICE void round_slab(u32 q_smem, int row, int lane, const float* spread_gmem, 
   });
 }
 
-#if AHEAD
-// A warp's 16 rows have 2 KB in each slab. A slab's fragments go where its first KB was, what is known
-// of the rows to the end of the last.
-#define ROWS_AT ((Q_SLABS - 1) * SLAB_BYTES_16 + 1536)
-#define ROW_FIELDS (sizeof(Row) / 4)
-
-DEVICE u32 row_at(u32 smem, int lane, int r, int field) {
-  return smem + ROWS_AT + ((lane >> 2) + r * 8) * 32 + field * 4;
-}
-
-// Rounds the 16 rows of Q at smem (in the unit's first slab) where they lie.
-DEVICE void round_in_place(const Scale& p, u32 smem, int lane, const float* mean_gmem,
-                           const float* spread_gmem, float threshold) {
-  Row row[2];
-  const Steps steps =
-      measure(p, smem, lane >> 2, lane, mean_gmem, spread_gmem, threshold, row);
-#pragma unroll 1
-  for (int slab = 0; slab < Q_SLABS; slab++) {
-    u32 a[8] = {};
-    round_slab(smem, lane >> 2, lane, spread_gmem, steps, slab, a);
-    __syncwarp();  // all lanes have read
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      store_shared_quad(smem + slab * SLAB_BYTES_16 + (i * 32 + lane) * 16,
-                        make_uint4(a[i * 4], a[i * 4 + 1], a[i * 4 + 2], a[i * 4 + 3]));
-  }
-  if (lane & 3) return;
-#pragma unroll
-  for (int r = 0; r < 2; r++)
-#pragma unroll
-    for (int i = 0; i < ROW_FIELDS; i++)
-      store_shared(row_at(smem, lane, r, i), __float_as_uint((&row[r].a)[i]));
-}
-
-DEVICE void load_rounded(u32 smem, int lane, u32 (&a)[K_STEPS * 4], Row (&row)[2]) {
-#pragma unroll
-  for (int i = 0; i < K_STEPS; i++) {
-    const uint4 v =
-        load_shared_quad(smem + i / 2 * SLAB_BYTES_16 + (i % 2 * 32 + lane) * 16);
-    a[i * 4] = v.x, a[i * 4 + 1] = v.y, a[i * 4 + 2] = v.z, a[i * 4 + 3] = v.w;
-  }
-#pragma unroll
-  for (int r = 0; r < 2; r++)
-#pragma unroll
-    for (int i = 0; i < ROW_FIELDS; i++)
-      (&row[r].a)[i] = load_shared_float(row_at(smem, lane, r, i));
-}
-#else
 // Rounds rows `row` and `row + 8` into the fragments of K_STEPS wgmmas.
 DEVICE void quantise(const Scale& p, u32 q_smem, int row, int lane, const float* mean_gmem,
                      const float* spread_gmem, float threshold, u32 (&a)[K_STEPS * 4],
@@ -182,4 +131,3 @@ DEVICE void quantise(const Scale& p, u32 q_smem, int row, int lane, const float*
       if (slab * 8 + i < K_STEPS * 4) a[slab * 8 + i] = part[i];
   }
 }
-#endif

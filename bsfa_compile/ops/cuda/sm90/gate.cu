@@ -42,11 +42,10 @@
 #define META_BYTES (GROUP_META * 4)
 #define UNIT_BYTES (Q_SLABS * BLOCK_Q * 128)
 #define ACCUMULATORS (SLOT_KEYS / 2)
-#define ROUNDERS 3
 // A lane of each warpgroup: 504 in all, which is what the kernel starts with; asking for more
 // waits forever.
-#define LOADER_REGISTERS (PLAIN ? 56 : 72)
-#define CONSUMER_REGISTERS (PLAIN ? 224 : 216)
+#define LOADER_REGISTERS 56
+#define CONSUMER_REGISTERS 224
 
 // Shared memory: barriers, item records, tile metadata of each slot; Q of both units; K slots.
 #define SMEM_LIMIT 232448
@@ -58,7 +57,6 @@
 #define Q_EMPTY 136
 #define ITEM_FULL 144
 #define ITEM_EMPTY 160
-#define ROUNDED 176
 #define ITEM 192
 #define META 320
 #define Q_AT 1024
@@ -197,13 +195,11 @@ DEVICE Item take_item(const Params& p, const TensorMap* q_map, u32 smem, int it,
   store_shared(record + 8, out.hi);
   store_shared(record + 12, out.sink_lo);
   store_shared(record + 16, out.sink_hi);
-  store_shared(record + 24, active);
   barrier_arrive(smem + ITEM_FULL + 8 * s);
   if (!active) return out;
 
   barrier_wait(smem + Q_EMPTY, (loaded & 1) ^ 1);
   loaded++;
-  if (AHEAD) after_generic_writes();
   barrier_expect(smem + Q_FULL, __popc(active) * UNIT_BYTES);
 #pragma unroll 1
   for (int w = 0; w < 2; w++) {
@@ -227,7 +223,7 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
     Item upcoming;
     // The running maximum wants the sink tiles first, then from the last visible tile downwards.
     for (int n = 0; n <= steps; n++) {
-      // Once the slots are full, so that there is time to round Q.
+      // Once the slots are full: Q of the next item is there when this one ends.
       if (n == min(steps, SLOTS)) upcoming = take_item(p, q_map, smem, it, loaded);
       if (n == steps) break;
       const bool sink = n < sinks;
@@ -255,32 +251,6 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
   }
 }
 
-#if AHEAD
-// Warp `nth` of ROUNDERS.
-DEVICE void round_items(const Params& p, u32 smem, int nth, int lane) {
-  for (int it = 0, loaded = 0;; it++) {
-    barrier_wait(smem + ITEM_FULL + 8 * (it & 1), it >> 1 & 1);
-    const u32 record = smem + ITEM + 64 * (it & 1);
-    const int kv = uniform(load_shared(record)), active = uniform(load_shared(record + 24));
-    const float first = load_shared_float(record + 40), second = load_shared_float(record + 52);
-    barrier_arrive(smem + ITEM_EMPTY + 8 * (it & 1));
-    if (kv < 0) break;
-    if (!active) continue;
-    const float* mean = p.mean_gmem + (i64)kv * CHANNEL_META;
-    barrier_wait(smem + Q_FULL, loaded++ & 1);
-#pragma unroll 1
-    for (int n = nth; n < 2 * BLOCK_Q / 16; n += ROUNDERS) {
-      const int which = n / (BLOCK_Q / 16), row0 = n % (BLOCK_Q / 16) * 16;
-      if (!(active >> which & 1)) continue;
-      round_in_place(p.scale, smem + Q_AT + which * UNIT_BYTES + row0 * 128, lane, mean,
-                     mean + ROW_BYTES, which ? second : first);
-    }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(smem + ROUNDED);
-  }
-}
-#endif
-
 extern "C" __global__ void __launch_bounds__(384, 1)
     gate(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
          const __grid_constant__ TensorMap k_tile_map, const __grid_constant__ Params p) {
@@ -294,10 +264,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     }
     barrier_init(smem + Q_FULL, 1);
     barrier_init(smem + Q_EMPTY, 8);
-    barrier_init(smem + ROUNDED, ROUNDERS);
     for (int i = 0; i < 2; i++) {
       barrier_init(smem + ITEM_FULL + 8 * i, 1);
-      barrier_init(smem + ITEM_EMPTY + 8 * i, 256 + (AHEAD ? ROUNDERS * 32 : 0));
+      barrier_init(smem + ITEM_EMPTY + 8 * i, 256);
     }
     barrier_init_done();
   }
@@ -306,14 +275,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   wait_for_previous_kernel();
   if (warpgroup == 0) {
     registers_down<LOADER_REGISTERS>();
-    const int warp = uniform(threadIdx.x >> 5);
-    if (warp > 0) {
-#if AHEAD
-      round_items(p, smem, warp - 1, lane);
-#endif
-    } else if (lane == 0) {
-      load_items(p, &q_map, &k_map, &k_tile_map, smem);
-    }
+    if (threadIdx.x == 0) load_items(p, &q_map, &k_map, &k_tile_map, smem);
     return;
   }
   registers_up<CONSUMER_REGISTERS>();
@@ -361,18 +323,14 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     float own_mean = 0.f, own_unit = 0.f;  // of the quad's four rows, one a lane, to save registers
 #endif
     const int row0 = warp * 16 + (lane >> 2);
-    barrier_wait(smem + (AHEAD ? ROUNDED : Q_FULL), loaded++ & 1);
+    barrier_wait(smem + Q_FULL, loaded++ & 1);
     if (!idle) {
 #pragma unroll
       for (int f = 0; f < 2; f++) {
         const u32 q_smem = smem + Q_AT + which * UNIT_BYTES;
-#if AHEAD
-        load_rounded(q_smem + (f * 64 + warp * 16) * 128, lane, a[f], row[f]);
-#else
         const float* mean = p.mean_gmem + (i64)kv * CHANNEL_META;
         quantise(p.scale, q_smem, f * 64 + row0, lane, mean, mean + ROW_BYTES, unit.threshold, a[f],
                  row[f]);
-#endif
 #pragma unroll
         for (int r = 0; r < 2; r++) {
           // m = +inf loses every comparison; as does a finite t then.
