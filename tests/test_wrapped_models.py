@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -146,8 +147,12 @@ def test_device_map_over_several_devices(hooks: str) -> None:
 @pytest.mark.parametrize("how", ["offloaded", "computed there"])
 @pytest.mark.parametrize("path", PATHS)
 def test_layers_on_a_card_and_on_the_cpu(path: str, how: str) -> None:
-    """A device_map that leaves the second layer on the CPU, or offloads it there."""
+    """A device_map that leaves the second layer on the CPU, or offloads it there.
+
+    Rotary angles are float32 also in a double model and differ by their last bit between devices.
+    """
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    close = functools.partial(torch.allclose, rtol=1e-5, atol=1e-5)
     plain = zoo.left_padded(zoo.inputs("llama", 150), (0, 20))
     given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in plain.items()}
     rows = given["attention_mask"].bool()
@@ -158,6 +163,7 @@ def test_layers_on_a_card_and_on_the_cpu(path: str, how: str) -> None:
     bsfa.apply(usual, solved, compile=False, dense_if_faster=False)
     sparse, rates = zoo.output(usual, given)[rows], toy.skipped(usual)
     assert len(set(rates.values())) == 2  # each layer has thresholds of its own
+    assert not close(sparse, dense)
     model = llama(path).double()
     if how == "offloaded":
         names = ("embed_tokens", "rotary_emb", "layers.0", "layers.1", "norm")
@@ -169,15 +175,15 @@ def test_layers_on_a_card_and_on_the_cpu(path: str, how: str) -> None:
         accelerate.hooks.add_hook_to_module(model.cuda().model.layers[1], hook)
     if path == "door":
         bsfa.apply(model, solved, compile=False, dense_if_faster=False)
-        assert torch.allclose(zoo.output(model, given)[rows], sparse)
+        assert close(zoo.output(model, given)[rows], sparse)
         assert bsfa.report(model).calls == {"sparse": 2}
         assert toy.skipped(model) == pytest.approx(rates)
     else:  # what the graphs show of it is dense, the first layer perhaps excepted
         values = {name: torch.full_like(v, -torch.inf) for name, v in values.items()}
         bsfa.apply(model, Thresholds(values=values, **toy.BLOCKS), **toy.EAGER)
-        assert torch.allclose(zoo.output(model, given)[rows], dense)
+        assert close(zoo.output(model, given)[rows], dense)
     bsfa.revert(model)
-    assert torch.allclose(zoo.output(model, given)[rows], dense)
+    assert close(zoo.output(model, given)[rows], dense)
 
 
 @pytest.mark.parametrize("path", PATHS)
