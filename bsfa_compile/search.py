@@ -23,12 +23,13 @@ from bsfa_compile.calibrate.quality import Meter, Proof, Quality, Reference
 from bsfa_compile.calibrate.solve import Budget, solve
 from bsfa_compile.calibrate.spread import Spread, costs
 from bsfa_compile.calibrate.thresholds import Thresholds
-from bsfa_compile.errors import CalibrationError
+from bsfa_compile.errors import CalibrationError, InputError
 from bsfa_compile.trial import Model, Trial, dense_values, trying
 
 _PROBE = Budget(0.1)  # enough to be seen in the loss, little enough to be on the way there
 _PROBES = 32  # at most; neighbouring sites of a deeper model share one
 _PROBE_SCORED = 1024  # positions: to rank sites takes fewer than to prove a loss
+_ALSO_SCORED = 256  # and what is only told along, fewer still
 _CLOSE = 0.85  # a loss this near its limit is near enough
 
 
@@ -66,11 +67,14 @@ def search(
     groups = _groups(list(calibration.sites))
     with trying(model) as trial, Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("searching", total=len(groups) + 1 + len(calls) * (trials + 1))
-        meter = Meter(target.metric, target.scored)
-        dense = []
+        meters = [Meter(target.metric, target.scored)]
+        dense: list[list[Reference]] = []
         for call in calls:
-            prepared = meter.prepare(trial.forward, call)
-            dense.append(meter.reference(trial.run(prepared), prepared))
+            prepared = meters[0].prepare(trial.forward, call)
+            output = trial.run(prepared)
+            if not dense:
+                meters += _others(target, output, prepared)
+            dense.append([meter.reference(output, prepared) for meter in meters])
             bar.advance(task)
 
         # KL is steadier than likelihood, and its scale does not matter here.
@@ -96,7 +100,7 @@ def search(
         hunt = _Hunt(target, spread.most)
         while count < trials and (aim := hunt.next()) is not None:
             values = spread.thresholds(aim)
-            found = _judge(trial, meter, dense, shaped(values), target)
+            found = _judge(trial, meters, dense, shaped(values), target)
             count += 1
             bar.advance(task, len(calls))
             hunt.told(aim, found)
@@ -175,12 +179,33 @@ class _Hunt:
             self._next = min(step if not found.holds else max(step, aim * 1.5), self._most)
 
 
+def _others(target: Quality, output: object, call: Call) -> list[Meter]:
+    """What a language model's output can be judged by besides, over few positions."""
+    if target.metric == "error":
+        return []
+    meter = Meter("kl" if target.metric == "nll" else "nll", min(target.scored, _ALSO_SCORED))
+    try:
+        meter.reference(output, call)
+    except InputError:  # no tokens to predict
+        return []
+    return [meter]
+
+
 def _judge(
-    trial: Trial, meter: Meter, dense: Sequence[Reference], thresholds: Thresholds, target: Quality
+    trial: Trial,
+    meters: Sequence[Meter],
+    dense: Sequence[Sequence[Reference]],
+    thresholds: Thresholds,
+    target: Quality,
 ) -> Proof:
-    """The loss of thresholds over all held-out inputs."""
-    trial.set(thresholds, dense[0].call)
-    loss = meter.pool([meter.losses(trial.run(one.call), one) for one in dense])
+    """The loss of thresholds over all held-out inputs; the first meter's is the target's."""
+    trial.set(thresholds, dense[0][0].call)
+    losses: list[list[Tensor]] = [[] for _ in meters]
+    for references in dense:
+        output = trial.run(references[0].call)
+        for meter, reference, found in zip(meters, references, losses, strict=True):
+            found.append(meter.losses(output, reference))
+    loss, *others = (meter.pool(found) for meter, found in zip(meters, losses, strict=True))
     return Proof(
         metric=target.metric,
         limit=target.limit,
@@ -190,6 +215,7 @@ def _judge(
         skipped=trial.skipped(),
         holds=loss.upper <= target.limit,
         trials=1,
+        also={m.metric: one.mean for m, one in zip(meters[1:], others, strict=True)},
     )
 
 

@@ -101,9 +101,11 @@ def test_the_limit_holds_on_held_out_inputs(
     proof = solved.proof
     assert proof is not None and proof.holds and proof.skipped > 0
     assert (proof.metric, proof.limit) == (target.metric, target.limit)
-    measured = losses(model, solved)[which]
-    assert measured == pytest.approx(proof.measured, rel=1e-3, abs=1e-7)
-    assert measured <= proof.upper <= target.limit
+    measured = losses(model, solved)
+    assert measured[which] == pytest.approx(proof.measured, rel=1e-3, abs=1e-7)
+    assert measured[which] <= proof.upper <= target.limit
+    other = {} if which == 2 else {("kl", "nll")[which]: measured[1 - which]}
+    assert proof.also == pytest.approx(other, rel=1e-3, abs=1e-7)
     assert all((value <= 0).all() for value in solved.values.values())
     assert solved.dropped is not None and solved.dropped > 0
     assert "within" in str(proof)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from inspect import signature
 from numbers import Real
 from typing import Any
@@ -73,6 +73,8 @@ class Proof:
     positions scored (values compared, for an output error). skipped: fraction of the held-out
     candidate tiles. holds: whether the limit held; if not, `measured`, `upper` and `skipped` are
     those of the mildest thresholds tried, and everything was left dense. trials: settings judged.
+    also: mean losses in the language model's other metric, over no more than the last 256 positions
+    of each input.
     """
 
     metric: str
@@ -83,11 +85,13 @@ class Proof:
     skipped: float
     holds: bool
     trials: int
+    also: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         loss = f"{_WORDS[self.metric]} {self.measured:+.4g}"
         if self.upper != self.measured:
             loss += f", with 95 % confidence at most {self.upper:.4g}"
+        loss += "".join(f" ({_WORDS[name]} {mean:+.4g})" for name, mean in self.also.items())
         seen = f"over {self.tokens} held-out positions at {self.skipped:.1%} of tiles skipped"
         if self.metric == "error":
             seen = f"on held-out inputs at {self.skipped:.1%} of tiles skipped"
@@ -98,7 +102,7 @@ class Proof:
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Proof:
         """Inverse of dataclasses.asdict. Raises KeyError for a missing field."""
-        return cls(**{field.name: content[field.name] for field in fields(cls)})
+        return cls(**{one.name: content[one.name] for one in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)
