@@ -5,6 +5,7 @@ torch.compile(model, backend="bsfa", options={"thresholds": Thresholds or path})
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import warnings
@@ -21,8 +22,11 @@ from torch._dynamo.backends import registry
 from bsfa_compile.calibrate.thresholds import Thresholds, check
 from bsfa_compile.errors import InputError
 from bsfa_compile.install import UNSEEN, Retrace, install, mark_of, module_id, name_of
+from bsfa_compile.ops.held import holds
 from bsfa_compile.passes.attach import attached, erase, markers
+from bsfa_compile.passes.claims import of_inputs
 from bsfa_compile.passes.fused import FAST_PATH
+from bsfa_compile.passes.lengths import measure
 from bsfa_compile.passes.rewrite import Buffers, Rule, rewrite
 from bsfa_compile.passes.sites import Site, find
 from bsfa_compile.state import (
@@ -75,7 +79,7 @@ class Rewriter:
         state, marks = self.state, markers(gm)
         chosen: dict[Site, Buffers] = {}
         found: list[tuple[str, str | None]] = []
-        for site in find(gm):
+        for site in find(gm, of_inputs(gm, example_inputs)):
             mark = mark_of(marks, site)
             name = name_of(site, state.names, mark is not None)
             reason = site.reason
@@ -91,6 +95,11 @@ class Rewriter:
         state.record(found)
         if marks and not found:
             state.warn_eager("an attention module")
+        inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        premises = {p for site in chosen if site.meaning for p in site.meaning.premises}
+        assumed = [(inputs.index(node), claim) for node, claim in premises]
+        dense = _dense(gm) if assumed else None
+        measured = measure(gm.graph, chosen)
         rewrite(chosen, state.rule)
         erase(gm, list(marks.values()))
         run, kinds = self.inner(gm, example_inputs), Counter(kind(reason) for _, reason in found)
@@ -98,10 +107,22 @@ class Rewriter:
             return run
 
         def counted(*args: Any) -> Any:
+            if dense is not None and not all(holds(args[i], claim) for i, claim in assumed):
+                state.changed([name for name, reason in found if kind(reason) != "decode"])
+                return dense(*args)
             state.calls.update(kinds)
+            for tokens, keys in measured(args):
+                state.met(tokens, keys)
             return run(*args)
 
         return counted
+
+
+def _dense(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph as it is now, without markers, to be run where an assumption fails."""
+    copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    erase(copied, [mark for (graph, *_), mark in markers(copied).items() if graph is copied.graph])
+    return copied
 
 
 def bsfa(
@@ -133,7 +154,7 @@ def bsfa(
     fresh = State(thresholds=thresholds, rule=rule, strict=given.pop("strict", False))
     inner = Inner(given.pop("inner", "inductor"), given.pop("mode", mode), given or None)
     state = fresh
-    for site in find(gm):
+    for site in find(gm, of_inputs(gm, example_inputs)):
         module = _module(module_id(site)) if site.reason in (None, FAST_PATH) else None
         if site.reason == FAST_PATH and module is not None and any(map(attached, module.modules())):
             module = None

@@ -87,6 +87,8 @@ def _summary(report: Report) -> str:
         rows.append(("held-out data", str(report.proof)))
     if report.calls:
         rows.append(("attention calls", ", ".join(f"{n} {k}" for k, n in report.calls.items())))
+    if report.lengths or report.longest:
+        rows.append(("lengths", report.told_lengths))
     return _table(("what", "found"), rows, texts=2)
 
 

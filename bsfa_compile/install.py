@@ -11,7 +11,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestar
 
 from bsfa_compile.calibrate.data import device_of
 from bsfa_compile.errors import InputError
-from bsfa_compile.passes.attach import announcer, attach, names, to_bits
+from bsfa_compile.passes.attach import Marks, announcer, attach, names, to_bits
 from bsfa_compile.passes.sites import Site
 from bsfa_compile.saving import follow
 from bsfa_compile.state import Seen, State, ran_eager, remember, site_name, split_name
@@ -36,9 +36,9 @@ def module_id(site: Site) -> int | None:
     return int(digits) if digits.isdigit() else None
 
 
-def mark_of(marks: Mapping[tuple[fx.Graph, str, int], fx.Node], site: Site) -> fx.Node | None:
+def mark_of(marks: Marks, site: Site) -> fx.Node | None:
     """The marker that announced the buffers of a site."""
-    return marks.get((site.node.graph, site.module, site.ordinal))
+    return marks.get((site.node.graph, site.module, site.path, site.ordinal))
 
 
 def name_of(site: Site, known: Mapping[int, str], marked: bool) -> str:

@@ -53,7 +53,9 @@ class Report:
     fraction of tiles and of softmax mass, as solved on the calibration data; None if unknown.
     proof: what a Quality target came to on held-out inputs, and whether it holds. calls: attention
     calls so far: "sparse", "decode" (dense by design), "dense" for another reason, and "eager":
-    dense because their module ran outside the compiled graphs. evaluation: what was measured of
+    dense because their module ran outside the compiled graphs. longest: tokens of the longest input
+    that ran sparse, 0 if none; lengths: those calibrated on, ascending; reach: the longest that the
+    thresholds hold for, None if unknown or if nothing is dropped. evaluation: what was measured of
     the model, by `bsfa eval` for one; tile_maps: the tiles of some heads.
     """
 
@@ -65,6 +67,9 @@ class Report:
     expected_lost: float | None = None
     proof: Proof | None = None
     calls: Mapping[str, int] = field(default_factory=dict)
+    longest: int = 0
+    lengths: tuple[int, ...] = ()
+    reach: int | None = None
     evaluation: Evaluation | None = None
     tile_maps: tuple[TileMap, ...] = ()
 
@@ -79,6 +84,15 @@ class Report:
         """Mean of the sites' achieved skip rates; None before any run."""
         rates = [site.skipped for site in self.sites if site.skipped is not None]
         return sum(rates) / len(rates) if rates else None
+
+    @property
+    def told_lengths(self) -> str:
+        """The longest input beside the lengths that the thresholds were made on, in words."""
+        text = f"longest input {self.longest} tokens"
+        if self.lengths:
+            ends = sorted({self.lengths[0], self.lengths[-1]})
+            text += f", calibrated on {' to '.join(map(str, ends))}"
+        return text if self.reach is None else f"{text}, thresholds for up to {self.reach}"
 
     def to_json(self) -> str:
         """All fields as JSON text; numbers that are not finite are null."""
@@ -124,6 +138,8 @@ class Report:
         if self.calls:
             told = ", ".join(f"{n} {name}" for name, n in self.calls.items())
             parts.append(f"attention calls: {told}")
+        if self.lengths or self.longest:
+            parts.append(self.told_lengths)
         return "; ".join(parts)
 
 
@@ -144,6 +160,9 @@ def report(model: nn.Module | fx.GraphModule | ExportedProgram) -> Report:
             expected_lost=solved.lost,
             proof=solved.proof,
             calls=dict(state.calls),
+            longest=state.longest,
+            lengths=solved.lengths,
+            reach=solved.reach,
         )
     if isinstance(model, fx.GraphModule | ExportedProgram):
         sites = tuple(_of_graph(model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,10 +16,14 @@ from bsfa_compile.calibrate.fingerprint import unwrap
 from bsfa_compile.calibrate.thresholds import ROOT, Thresholds
 from bsfa_compile.errors import UnsupportedError
 from bsfa_compile.ops import library
+from bsfa_compile.ops.held import CHANGED
 from bsfa_compile.passes.eligible import DECODE
 from bsfa_compile.passes.rewrite import Rule
 
 UNCALIBRATED = "it has no thresholds: calibration never reached it as a supported site"
+# At eight times the length, three octaves, two and three times what was asked for is lost
+# (docs/method.md). A fourth more, a third of an octave, costs less than documents differ by.
+_TOLERANCE = 1.25
 Home = nn.Module | torch.export.ExportedProgram  # what holds a site's buffers
 
 
@@ -54,6 +58,8 @@ class State:
     sites: by name, in the model's order, as calibration and the compiled graphs saw them.
     homes: site -> (what holds its buffers, the names of thresholds and counters in it).
     names: qualified names of the model's modules, by id.
+    longest: tokens of the longest input that ran sparse. beyond: whether it was said that inputs
+    are longer than the thresholds hold for.
     calls: attention calls that ran "sparse", "decode" (dense by design), "dense" for another
     reason, and "eager": dense because their module ran outside the compiled graphs.
     """
@@ -67,6 +73,9 @@ class State:
     names: dict[int, str] = field(default_factory=dict)
     previous: object = None  # how the model was compiled before
     warned: bool = False
+    told: bool = False
+    longest: int = 0
+    beyond: bool = False
     calls: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -104,6 +113,22 @@ class State:
         else:
             seen.dense[reason] += 1
 
+    def met(self, tokens: int, keys: int) -> None:
+        """Note a sparse call: tokens of the input so far, and the most keys that a row of it sees.
+
+        Says once if these are more than the thresholds hold for.
+        """
+        self.longest = max(self.longest, tokens)
+        reach = None if self.beyond else self.thresholds.reach
+        if reach is not None and keys > _TOLERANCE * reach:
+            self.beyond = True
+            warnings.warn(
+                f"inputs of {tokens} tokens; thresholds were made on up to {reach}: the loss that "
+                f"was asked for does not hold beyond that; pass max_length={tokens} to optimize or "
+                "Calibration.thresholds (a fit over positions), or calibrate on inputs that long",
+                stacklevel=3,
+            )
+
     def uncalibrated(self, name: str) -> str:
         """Why a site has no thresholds."""
         known = {} if self.calibration is None else self.calibration.dense
@@ -119,6 +144,24 @@ class State:
                 "call of model.forward, the recompile limit "
                 "(torch._dynamo.config.recompile_limit), or a backend of torch.compile other than "
                 '"bsfa"',
+                stacklevel=3,
+            )
+
+    def changed(self, names: Iterable[str]) -> None:
+        """Note a call of a graph whose assumptions fail: it runs dense, not compiled. Say so once.
+
+        Raises UnsupportedError if strict.
+        """
+        names = list(names)
+        for name in names:
+            self.ran(name, CHANGED)
+        if self.strict:
+            refuse(dict.fromkeys(names, CHANGED))
+        if not self.told:
+            self.told = True
+            warnings.warn(
+                f"{names[0]}: {CHANGED}; where that is so, attention runs dense and not compiled: "
+                "call bsfa_compile.apply or optimize again after changing a mask",
                 stacklevel=3,
             )
 
@@ -191,14 +234,27 @@ def ran_eager(module: nn.Module) -> None:
         state.warn_eager(state.names.get(id(module), type(module).__name__))
 
 
-def _ran_unread(counters: Tensor) -> None:
-    """Called where a graph runs a site that another backend than ours compiled."""
+def _owners(buffer: Tensor) -> Iterator[tuple[State, str]]:
+    """The states and sites that a buffer belongs to."""
     for state in set(_STATES.values()):
         for name in state.homes:
-            held = state.buffers(name)
-            if held is not None and held[1].data_ptr() == counters.data_ptr():
-                state.calls["eager"] += 1
-                state.warn_eager(name)
+            held = state.buffers(name) or ()
+            if any(one.data_ptr() == buffer.data_ptr() for one in held):
+                yield state, name
+
+
+def _ran_unread(counters: Tensor) -> None:
+    """Called where a graph runs a site that another backend than ours compiled."""
+    for state, name in _owners(counters):
+        state.calls["eager"] += 1
+        state.warn_eager(name)
+
+
+def _met(thresholds: Tensor, tokens: int, keys: int) -> None:
+    """Called where a graph that the user traced runs a sparse site."""
+    for state, _ in _owners(thresholds):
+        state.met(tokens, keys)
 
 
 library.when_unread.append(_ran_unread)
+library.when_met.append(_met)

@@ -21,7 +21,12 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from bsfa_compile.calibrate.data import device_of
 from bsfa_compile.calibrate.observer import Observer
 from bsfa_compile.errors import BsfaError
+from bsfa_compile.ops import library
+from bsfa_compile.ops.held import Band, Claim, encoded, held
 from bsfa_compile.passes.attach import names, to_bits
+from bsfa_compile.passes.claims import kept, of_buffers
+from bsfa_compile.passes.emit import Emitter
+from bsfa_compile.passes.lengths import Span, span_of
 from bsfa_compile.passes.rewrite import Buffers, Rule, instrument, rewrite
 from bsfa_compile.passes.shapes import annotate
 from bsfa_compile.passes.sites import Site, find
@@ -75,7 +80,7 @@ def watching(
     else:
         gm = original
         annotate(gm, sample)
-    sites = find(gm)
+    sites = find(gm, of_buffers(gm))
     good = [s for s in sites if s.reason is None and s.node.graph is gm.graph]
     handles = observer.open([name_of(s) for s in good])
     chosen = {}
@@ -125,7 +130,7 @@ def apply(
                 nodes.append(_attribute(gm, names(kind, i)))
         return nodes[0], nodes[1]
 
-    for i, name in enumerate(_rewrite(gm, state, device, place)):
+    for i, name in enumerate(_rewrite(gm, state, device, place, of_buffers(gm))):
         state.homes[name] = (weakref.ref(model), names("thresholds", i), names("counters", i))
     for node in gm.graph.nodes:
         if sample is not None:
@@ -136,11 +141,18 @@ def apply(
     return model
 
 
-def _rewrite(gm: fx.GraphModule, state: State, device: torch.device, place: Any) -> list[str]:
+def _rewrite(
+    gm: fx.GraphModule,
+    state: State,
+    device: torch.device,
+    place: Any,
+    claims: Mapping[fx.Node, Claim],
+) -> list[str]:
     """Rewrite the sites that have thresholds; their names, in the order of their buffers."""
     chosen: dict[Site, Buffers] = {}
     found = []
-    for site in find(gm):
+    emitter, spans = Emitter(gm.graph), set[Span]()
+    for site in find(gm, claims):
         name = name_of(site)
         values = state.thresholds.values.get(name)
         reason = site.reason or (state.uncalibrated(name) if values is None else None)
@@ -153,11 +165,27 @@ def _rewrite(gm: fx.GraphModule, state: State, device: torch.device, place: Any)
                 "counters": torch.zeros(len(values), 2, dtype=torch.int64, device=device),
             }
             thresholds, counters = place(len(chosen), site, buffers)
+            if span_of(site) not in spans:
+                spans.add(span_of(site))
+                thresholds = _told(emitter, site, thresholds)
+            for node, claim in site.meaning.premises if site.meaning is not None else ():
+                assert isinstance(claim, Band), "only buffers are assumed to be something"
+                with gm.graph.inserting_before(site.node):
+                    thresholds = emitter.call(held, thresholds, node, encoded(claim))
             chosen[site] = Buffers(thresholds=thresholds, counters=counters)
     state.sites = {name: Seen() for name in state.thresholds.values}
     state.record(found)
     rewrite(chosen, state.rule)
     return [name_of(site) for site in chosen]
+
+
+def _told(emitter: Emitter, site: Site, thresholds: fx.Node) -> fx.Node:
+    """The thresholds, after telling the state how long the inputs are."""
+    meaning, q, k = site.meaning, site.q, site.k
+    assert meaning is not None and q is not None and k is not None, "the site is understood"
+    span = emitter.span(meaning, site.node, q, k)
+    with site.node.graph.inserting_before(site.node):
+        return emitter.call(library.met, thresholds, *span, meaning.is_causal, meaning.window)
 
 
 def _apply_exported(program: ExportedProgram, state: State) -> ExportedProgram:
@@ -195,7 +223,15 @@ def _apply_exported(program: ExportedProgram, state: State) -> ExportedProgram:
             nodes.append(node)
         return nodes[0], nodes[1]
 
-    placed = _rewrite(gm, state, device, place)
+    kept_now = {**program.constants, **program.state_dict}
+    written = set(signature.buffers_to_mutate.values())
+    claims = {
+        node: claim
+        for node, spec in zip(holders, signature.input_specs, strict=True)
+        if spec.kind is InputKind.BUFFER and spec.target not in written
+        if (claim := kept(kept_now.get(str(spec.target)))) is not None
+    }
+    placed = _rewrite(gm, state, device, place, claims)
     for spec, node in zip(signature.output_specs, gm.graph.output_node().args[0], strict=True):
         if isinstance(spec.arg, TensorArgument):  # it may be an attention that was replaced
             spec.arg = TensorArgument(name=node.name)

@@ -68,7 +68,8 @@ class Trial:
 
     def _install(self, thresholds: Thresholds, example: Call) -> State:
         rule = Rule.of(thresholds, dense_if_faster=False)
-        state = State(thresholds=thresholds, rule=rule)
+        # What is tried is judged on these inputs, however long.
+        state = State(thresholds=thresholds, rule=rule, beyond=True)
         if self._original is None:
             self._stack.enter_context(modules.trying(self._dense, state))
         else:

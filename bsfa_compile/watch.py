@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from bsfa_compile.calibrate.observer import Observer
 from bsfa_compile.install import UNSEEN, Retrace, mark_of, module_id, name_of
 from bsfa_compile.passes.attach import announcer, attach, erase, markers, names
+from bsfa_compile.passes.claims import of_inputs
 from bsfa_compile.passes.rewrite import Rule, instrument
 from bsfa_compile.passes.sites import Site, find
 from bsfa_compile.state import site_name
@@ -34,7 +35,7 @@ class Watcher:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
         marks = markers(gm)
         chosen: dict[Site, fx.Node] = {}
-        found = find(gm)
+        found = find(gm, of_inputs(gm, example_inputs))
         if self._attach([s for s in found if s.reason is None and mark_of(marks, s) is None]):
             raise Retrace
         for site in found:

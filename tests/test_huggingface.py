@@ -124,6 +124,26 @@ def test_the_door_and_the_graph_path_compute_the_same(name: str, padded: bool) -
     assert bsfa.report(door).calls == {"sparse": len(zoo.ZOO[name].sites)}
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_a_scale_of_zero_or_less_stays_dense_in_the_door(scale: float) -> None:
+    model, given = build(), zoo.inputs("llama", 150)
+    *others, last = NAMES
+    model.get_submodule(last).scaling = scale
+    wanted = zoo.output(model, given)
+    calibration = bsfa.calibrate(model, given, **toy.BLOCKS, progress=False)
+    assert list(calibration.sites) == others
+    assert "only positive ones" in calibration.dense[last]
+    values = {name: torch.full((4, 1), -torch.inf) for name in NAMES}
+    apply_eagerly(model, Thresholds(values=values, **toy.BLOCKS))
+    assert torch.allclose(zoo.output(model, given), wanted, equal_nan=True)
+    assert bsfa.report(model).calls == {"sparse": len(others), "dense": 1}
+    apply_eagerly(model, thresholds())
+    zoo.output(model, given)
+    *sparse, dense = bsfa.report(model).sites
+    assert "only positive ones" in (dense.reason or "")
+    assert all((site.skipped or 0) > 0 for site in sparse)
+
+
 def test_calibrate_retarget_and_revert_work_on_the_door() -> None:
     model, plain = build(), zoo.build("llama").double()
     given = zoo.left_padded(zoo.inputs("llama", 150), (0, 40))

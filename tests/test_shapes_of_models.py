@@ -78,6 +78,20 @@ def test_a_module_called_twice_is_one_site() -> None:
     assert toy.skipped(model) == pytest.approx(rates)
 
 
+def test_a_layer_that_is_in_a_list_twice_is_one_site() -> None:
+    model, x = toy.Toy(layers=3), toy.sample()
+    model.layers.append(model.layers[0])
+    thresholds = toy.thresholds(toy.sites(3))
+    wanted, rates = toy.expected(model, thresholds, x)
+    calibration = bsfa.calibrate(model, x, progress=False)
+    assert list(calibration.sites) == toy.sites(3)
+    assert calibration.uncalled == ()
+    bsfa.apply(model, thresholds, **toy.EAGER)
+    assert torch.allclose(toy.run(model, x), wanted)
+    assert toy.skipped(model) == pytest.approx(rates)
+    assert len(bsfa.report(model).sites) == 3
+
+
 def test_an_attention_module_alone_can_be_optimized() -> None:
     torch.manual_seed(0)
     model, x = toy.Attention().double().eval(), toy.sample()

@@ -130,7 +130,7 @@ def check(name: str) -> dict[str, Any]:
     bsfa.revert(model)
     found["error_reverted"] = error(zoo.output(model, plain), wanted["plain"])
     for gate, key in (("relative", "plain"), ("absolute", "padded")):
-        given = plain if entry.dense_padded else variants.get(key, plain)
+        given = variants.get(key, plain)
         thresholds, mask = distinct_thresholds(calibration, gate), given.get("attention_mask")
         rows = real_rows(given) if mask is not None and entry.takes == "text" else slice(None)
         exact = None
@@ -180,7 +180,7 @@ def problems(name: str, found: dict[str, Any]) -> list[str]:
         return wrong
     if found["rewritten"] != sites or found["calls_plain"] != calls:
         wrong.append(f"rewritten sites are {found['rewritten']}")
-    if entry.pads and found["calls_padded"] != (0 if entry.dense_padded else calls):
+    if entry.pads and found["calls_padded"] != calls:
         wrong.append(f"{found['calls_padded']} sparse calls with padding")
     if found["error_reverted"] != 0.0:
         wrong.append("revert changed the output")

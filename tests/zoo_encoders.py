@@ -33,7 +33,7 @@ T5_SITES = layers("decoder.block.{}.layer.1.EncDecAttention")
 
 def t5(kind: str, **more: Any) -> Entry:
     """Relative biases in self-attention, none in cross-attention."""
-    return seq2seq(kind, config=T5, sites=T5_SITES, dense=T5_DENSE, dense_padded=True, **more)
+    return seq2seq(kind, config=T5, sites=T5_SITES, dense=T5_DENSE, **more)
 
 
 ENCODERS: dict[str, Entry] = {

@@ -26,7 +26,7 @@ class Entry:
     stay dense by design, and what their reason says. windows, causal: of all sites, for the
     reference; oracle: whether those tell all. takes: kind of input. generates: whether it has
     generate(). attention: "sdpa", or "eager" for written out. pads: whether it takes padding in
-    float64; dense_padded: whether padding leaves its sites dense. experts: a mixture of experts.
+    float64. experts: a mixture of experts.
     repeats: how often each site is called. ci: whether every test run has it.
     """
 
@@ -43,7 +43,6 @@ class Entry:
     head: str = "AutoModelForCausalLM"
     attention: str = "sdpa"
     pads: bool = True
-    dense_padded: bool = False
     experts: bool = False
     repeats: int = 1
     ci: bool = False

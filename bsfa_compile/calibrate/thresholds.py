@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
@@ -73,6 +74,16 @@ class Thresholds:
                 )
         plain = {name: value.detach().cpu() for name, value in self.values.items()}
         object.__setattr__(self, "values", plain)
+
+    @functools.cached_property
+    def reach(self) -> int | None:
+        """Tokens of the longest input that these were made for: a fit's columns, else the longest
+        calibrated on. None if unknown, or if nothing is dropped at any length."""
+        if all(bool((value == -math.inf).all()) for value in self.values.values()):
+            return None
+        if self.curves is not None:
+            return next(iter(self.values.values())).shape[1] * self.block_q
+        return max(self.lengths, default=None)
 
     def reaching(self, length: int) -> Thresholds:
         """The same fit for inputs of up to `length` tokens. Raises ThresholdsError without one."""

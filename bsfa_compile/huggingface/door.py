@@ -20,6 +20,7 @@ from bsfa_compile.huggingface import observing
 from bsfa_compile.huggingface.masks import LazyMask, Structure, make_mask
 from bsfa_compile.ops import library
 from bsfa_compile.ops.call import lse_dtype
+from bsfa_compile.ops.tiles import reached
 from bsfa_compile.passes.attach import names
 from bsfa_compile.passes.rewrite import Rule
 from bsfa_compile.state import site_name, state_of
@@ -50,15 +51,17 @@ def attention(
     eager = not torch.compiler.is_compiling() and query.shape[2] > 1
     if eager and observing.watched():
         mask = _structure_of(module, attention_mask, is_causal)
-        reason = _why_dense(module, mask, dropout, options)
+        reason = _why_dense(module, mask, dropout, scaling, options)
         observing.tell(module, query, key, mask, reason, softcap=softcap, scale=scaling)
     if eager and _THRESHOLDS in module._buffers:
         state = state_of(module)
         if state is not None:
             mask = _structure_of(module, attention_mask, is_causal)
-            reason = _why_dense(module, mask, dropout, options)
+            reason = _why_dense(module, mask, dropout, scaling, options)
             state.ran(site_name(state.names[id(module)], 0), reason)
             if reason is None and mask is not None:
+                sizes = mask.q_start, query.shape[2], key.shape[2]
+                state.met(*reached(*sizes, mask.is_causal, mask.window))
                 out = _sparse(module, query, key, value, mask, state.rule, scaling, softcap, s_aux)
                 return out.transpose(1, 2).contiguous(), None
     plain = attention_mask.dense() if isinstance(attention_mask, LazyMask) else attention_mask
@@ -108,12 +111,15 @@ def _why_dense(
     module: nn.Module,
     mask: Structure | None,
     dropout: float,
+    scaling: float | None,
     options: dict[str, Any],
 ) -> str | None:
     if mask is None:
         return "the attention mask means more than causality, window and padding"
     if dropout:
         return "attention dropout is active"
+    if scaling is not None and not 0 < scaling < math.inf:
+        return f"the scale is {scaling}: only positive ones are supported"
     if options.get("position_bias") is not None:
         return "the attention has a bias that depends on positions"
     if options.get("cache") is not None:

@@ -22,7 +22,7 @@ from torch.fx.node import has_side_effect
 
 from bsfa_compile.ops import autograd, dispatch
 from bsfa_compile.ops.call import Gate, empty_out, lse_dtype, make_call
-from bsfa_compile.ops.tiles import mask_rows, mask_words
+from bsfa_compile.ops.tiles import mask_rows, mask_words, reached
 
 _MASK = (
     "Tensor? key_padding_mask, Tensor? q_start_tensor, SymInt q_start, bool is_causal, "
@@ -40,6 +40,8 @@ _SCHEMAS = {
     f"Tensor out, Tensor lse, Tensor tile_mask, {_MASK}, int block_q, int block_k) "
     "-> (Tensor, Tensor, Tensor)",
     "site_v1": "(Tensor thresholds, Tensor counters) -> ()",
+    "met_v1": "(Tensor thresholds, SymInt q_start, SymInt q_len, SymInt k_len, bool is_causal, "
+    "SymInt? window) -> Tensor",
 }
 _LIBRARY = torch.library.Library("bsfa", "DEF")
 for _name, _schema in _SCHEMAS.items():
@@ -116,6 +118,16 @@ def _fake_site(*args: object) -> None:
     """Shapes: nothing comes back."""
 
 
+when_met: list[Callable[[Tensor, int, int], None]] = []  # told thresholds and `tiles.reached`
+
+
+def _met(thresholds: Tensor, *span: Any) -> Tensor:
+    """The thresholds; tells how long the inputs are that a traced graph runs them on."""
+    for tell in when_met:
+        tell(thresholds, *reached(*span))
+    return thresholds.clone()
+
+
 def _outputs(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
     rows, words = mask_rows(q.shape[2], block_q), mask_words(k.shape[2], block_k)
     tile_mask = q.new_empty((q.shape[0], q.shape[1], rows, words), dtype=torch.int32)
@@ -175,6 +187,10 @@ for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("attention_v1", _autocast_attention, f"Autocast{_device}")
 _LIBRARY.impl("site_v1", _site, "CompositeExplicitAutograd")
 torch.library.register_fake("bsfa::site_v1", _fake_site, lib=_LIBRARY)
+_LIBRARY.impl("met_v1", _met, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "bsfa::met_v1", lambda thresholds, *span: torch.empty_like(thresholds), lib=_LIBRARY
+)
 _LIBRARY.impl("attention_v1", autograd.of_attention(_attention), "Autograd", with_keyset=True)
 torch.library.register_autograd(
     "bsfa::attend_v1", autograd.of_attend, setup_context=autograd.attend_context, lib=_LIBRARY
@@ -186,4 +202,5 @@ gate = torch.ops.bsfa.gate_v1.default
 attend = torch.ops.bsfa.attend_v1.default
 attend_backward = torch.ops.bsfa.attend_backward_v1.default
 site = torch.ops.bsfa.site_v1.default
+met = torch.ops.bsfa.met_v1.default
 has_side_effect(site)  # else compilers would delete it

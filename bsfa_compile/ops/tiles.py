@@ -37,6 +37,16 @@ def mask_words(k_len: int, block_k: int = BLOCK_K) -> int:
     return words
 
 
+def reached(
+    q_start: int, q_len: int, k_len: int, is_causal: bool, window: int | None
+) -> tuple[int, int]:
+    """(tokens of the input up to a call's last query, most keys that one of its rows may see)."""
+    tokens = min(q_start + q_len, k_len) if is_causal else max(q_len, k_len)
+    if window is None:
+        return tokens, tokens
+    return tokens, min(tokens, window if is_causal else 2 * window - 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
     """Where the tiles of one attention call lie.

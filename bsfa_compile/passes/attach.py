@@ -127,16 +127,19 @@ def to_bits(thresholds: Tensor, columns: int, device: torch.device) -> Tensor:
     return wide.to(torch.float32).contiguous().view(torch.int32).to(device, copy=True)
 
 
-def markers(gm: fx.GraphModule) -> dict[tuple[fx.Graph, str, int], fx.Node]:
-    """The marker calls of a graph and its sub-graphs, by graph, module key and ordinal."""
-    found: dict[tuple[fx.Graph, str, int], fx.Node] = {}
+Marks = dict[tuple[fx.Graph, str, str, int], fx.Node]
+
+
+def markers(gm: fx.GraphModule) -> Marks:
+    """The marker calls of a graph and its sub-graphs, by graph, module key, path and ordinal."""
+    found: Marks = {}
     for part in graphs(gm):
-        seen: dict[str, int] = {}
+        seen: dict[tuple[str, str], int] = {}
         for node in part.graph.nodes:
             if node.op == "call_function" and node.target is library.site:
-                key, _ = owner(node)
-                found[part.graph, key, seen.setdefault(key, 0)] = node
-                seen[key] += 1
+                key, path = owner(node)
+                found[part.graph, key, path, seen.setdefault((key, path), 0)] = node
+                seen[key, path] += 1
     return found
 
 

@@ -70,6 +70,14 @@ class Emitter:
         start = self._sum(meaning.q_start, site, scalars)
         return (0, start) if scalars and isinstance(start, fx.Node) else (start, None)
 
+    def span(
+        self, meaning: Meaning, site: fx.Node, q: fx.Node, k: fx.Node
+    ) -> tuple[Operand, Operand, Operand]:
+        """(q_start, q_len, k_len) as integers; a start in a tensor counts as 0."""
+        start = 0 if meaning.scalars else self._sum(meaning.q_start, site, {})
+        with self._graph.inserting_before(site):
+            return start, self._size(q, 2), self._size(k, 2)
+
     def key_padding(
         self, meaning: Meaning, site: fx.Node, q: fx.Node, k: fx.Node
     ) -> fx.Node | None:

@@ -8,19 +8,32 @@ or a scalar that the operator can read at run time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from bsfa_compile.ops.held import Band, Claim, Padding
 from bsfa_compile.passes import domain
-from bsfa_compile.passes.domain import KEY, Distance, Index, Num, Opaque, Table, Value
+from bsfa_compile.passes.claims import claim_of, from_module, value_of
+from bsfa_compile.passes.domain import (
+    KEY,
+    Distance,
+    Index,
+    Num,
+    Opaque,
+    Select,
+    Table,
+    Value,
+)
 from bsfa_compile.passes.nodes import as_expr, is_one, mutated, plain_name, settled, tensor, value
 
 Rule = Callable[["Interpreter", fx.Node], Value]
 RULES: dict[str, Rule] = {}
 _WIDE = (torch.int32, torch.int64, torch.float32, torch.float64)  # exact at every position
+KEPT = "the attention mask is a table of the model that is no band, or that is written to"
 LEARNED = "the attention mask is a bias that the model learned"
 
 
@@ -41,11 +54,14 @@ def argument(node: fx.Node, position: int, name: str, default: object = None) ->
 
 
 class Interpreter:
-    """Evaluates nodes of one graph; remembers what it visited and the scalars it met."""
+    """Evaluates nodes of one graph; remembers what it visited, the scalars it met, and what it
+    assumed of the graph's inputs (`premises`).
+    """
 
     def __init__(self) -> None:
         self.values: dict[fx.Node, Value] = {}
         self.scalars: dict[sympy.Dummy, fx.Node] = {}
+        self.premises: dict[fx.Node, Claim] = {}
         self._shape_env: ShapeEnv | None = None
         self._may_guard = False
 
@@ -71,8 +87,16 @@ class Interpreter:
         if tensor(node) is None:
             return Opaque("the graph does not know the shape of the attention mask")
         if node.op in ("placeholder", "get_attr"):
+            claim = claim_of(node)
+            if isinstance(claim, Band):
+                self.premises[node] = claim
+                return value_of(claim)
             learned = isinstance(known_value, torch.nn.Parameter)
-            return Opaque(LEARNED if learned else "the attention mask is an input of the graph")
+            if learned:
+                return Opaque(LEARNED)
+            return Opaque(
+                KEPT if from_module(node) else "the attention mask is an input of the graph"
+            )
         if mutated(node) and not settled(node):
             return Opaque("the attention mask is written in place")
         name = plain_name(node)
@@ -94,6 +118,20 @@ class Interpreter:
         if self._shape_env.bound_sympy(expression).lower >= 0:
             return True
         return self._may_guard and bool(self._shape_env.evaluate_expr(sympy.Ge(expression, 0)))
+
+    def zero_or_one(self, value: Value) -> Value:
+        """A table of integers of which that may be assumed, as a mask of ones; else unchanged."""
+        if isinstance(value, Table) and not value.boolean and self.padding(value):
+            return Select(frozenset([replace(value, boolean=True)]), 1, 0)
+        return value
+
+    def padding(self, table: Table) -> bool:
+        """Whether it may be assumed that a table is 0 and 1 and shows some key in each row."""
+        claim = claim_of(table.node)
+        if not isinstance(claim, Padding):
+            return False
+        self.premises[table.node] = claim
+        return True
 
     def _settle(self, node: fx.Node, result: Value) -> Value:
         """Cast to the node's dtype, forget axes of size 1, take what is left as data."""

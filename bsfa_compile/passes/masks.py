@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import sympy
 from torch import fx
 
+from bsfa_compile.ops.held import Claim
 from bsfa_compile.passes import rules_index, rules_logic
 from bsfa_compile.passes.domain import (
     BATCH,
@@ -46,7 +47,7 @@ RULES = (rules_index, rules_logic)  # what `Interpreter` understands, by being i
 _ZERO = sympy.Integer(0)
 # A finite number this low in an additive mask hides a score as -inf does: float16 can hold it,
 # and no score reaches it. (Only where every query sees some key; else -inf is asked for.)
-HIDDEN = -30000.0
+HIDDEN = -10000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class Meaning:
 
     q_start: an expression in the graph's symbolic sizes and in the symbols of `scalars`.
     key_padding: a bool or integer table of the graph, read from column `offset` on.
+    premises: inputs of the graph and what this assumes of each.
     """
 
     is_causal: bool = False
@@ -76,6 +78,7 @@ class Meaning:
     key_padding: Table | None = None
     scalars: tuple[tuple[sympy.Dummy, Read], ...] = ()
     padding_read: Read | None = None
+    premises: tuple[tuple[fx.Node, Claim], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +188,9 @@ def _meaning(found: Select, run: Interpreter, beyond: sympy.Expr) -> Meaning | s
         # key is there, only queries that are padding themselves see nothing.
         outside = number(sympy.expand(meaning.q_start + beyond))
         own_key = meaning.is_causal and known(outside) and outside <= 0
-        if not own_key and (tables or meaning.window is not None):
+        plain = not meaning.is_causal and meaning.window is None and not tables[1:]
+        some = plain and all(_shows_some(table, run) for table in tables)
+        if not own_key and not some and (tables or meaning.window is not None):
             return "the attention mask adds finite numbers where rows may see nothing"
     if not tables:
         return meaning
@@ -195,6 +200,11 @@ def _meaning(found: Select, run: Interpreter, beyond: sympy.Expr) -> Meaning | s
     if not run.nonnegative(table.offset):
         return "the padding mask may be read at negative positions"
     return replace(meaning, key_padding=table)
+
+
+def _shows_some(table: Table, run: Interpreter) -> bool:
+    """Whether each row of a padding mask shows some key, by what may be assumed of it."""
+    return not table.negated and table.offset == 0 and run.padding(table)
 
 
 def _limits(bounds: list[Bound], run: Interpreter) -> Meaning | str:
@@ -252,4 +262,5 @@ def _with_reads(
         meaning,
         scalars=tuple((symbol, reads[node]) for symbol, node in scalars.items()),
         padding_read=reads[table.node] if table is not None else None,
+        premises=tuple(run.premises.items()),
     )

@@ -8,7 +8,19 @@ import sympy
 from torch import fx
 
 from bsfa_compile.passes import domain
-from bsfa_compile.passes.domain import BATCH, KEY, Index, Num, Opaque, Table, Value, moved
+from bsfa_compile.passes.domain import (
+    BATCH,
+    KEY,
+    QUERY,
+    Bound,
+    Index,
+    Num,
+    Opaque,
+    Select,
+    Table,
+    Value,
+    moved,
+)
 from bsfa_compile.passes.interpret import Interpreter, argument, rule
 from bsfa_compile.passes.nodes import is_one, plain_name, same, tensor
 
@@ -129,8 +141,18 @@ def _cut(run: Interpreter, source: Value, axis: int, start: object, step: object
     """The part [start:] of an axis; where it stops changes nothing."""
     if axis not in domain.axes(source) or (start in (None, 0) and step in (None, 1)):
         return source
-    if isinstance(source, Index) and isinstance(start, int) and start > 0 and step in (None, 1):
-        return Index(axis, source.offset + start)
+    first = run.run(start)
+    if step in (None, 1) and isinstance(first, Num):
+        begin = sympy.sympify(first.value)
+        if run.nonnegative(begin) and not begin.free_symbols & run.scalars.keys():
+            if isinstance(source, Index):
+                return Index(axis, source.offset + begin)
+            if isinstance(source, Select):
+                move = begin if axis == QUERY else -begin
+                bounds = [a for a in source.atoms if isinstance(a, Bound)]
+                if len(bounds) == len(source.atoms):
+                    shifted = frozenset(Bound(a.upper, a.limit + move) for a in bounds)
+                    return replace(source, atoms=shifted)
     return Opaque("the attention mask is a part of a larger one")
 
 
@@ -148,16 +170,28 @@ def _getitem(run: Interpreter, node: fx.Node) -> Value:
         missing = fake.dim() - sum(p is not None for p in picks) + 1
         picks = [*picks[:at], *[slice(None)] * missing, *picks[at + 1 :]]
     picks = [*picks, *[slice(None)] * (fake.dim() - sum(p is not None for p in picks))]
-    to, axis = {}, -fake.dim()
-    for place, pick in enumerate(picks):
-        if pick is None:
+    to, axis, place = {}, -fake.dim(), -sum(type(pick) is not int for pick in picks)
+    for pick in picks:
+        if type(pick) is int:  # its axis disappears
+            axis += 1
             continue
-        if not isinstance(pick, slice):
-            return Opaque("the attention mask is indexed by numbers")
-        result = _cut(run, result, axis, pick.start, pick.step)
-        to[axis] = place - len(picks)
-        axis += 1
+        if pick is not None:
+            if not isinstance(pick, slice):
+                return Opaque("the attention mask is indexed by numbers")
+            result = _cut(run, result, axis, pick.start, pick.step)
+            to[axis] = place
+            axis += 1
+        place += 1
     return moved(result, to)
+
+
+@rule("select")
+def _select(run: Interpreter, node: fx.Node) -> Value:
+    fake, dim = tensor(node.args[0]), argument(node, 1, "dim")
+    if fake is None or not isinstance(dim, int):
+        return Opaque("the attention mask is indexed by numbers")
+    left = [axis for axis in range(-fake.dim(), 0) if axis % fake.dim() != dim % fake.dim()]
+    return moved(run.run(node.args[0]), {axis: i - len(left) for i, axis in enumerate(left)})
 
 
 def _gather(run: Interpreter, source: object, picks: list[Value]) -> Value:

@@ -33,7 +33,7 @@ from bsfa_compile.passes.nodes import plain_name, tensor
 def _add(run: Interpreter, node: fx.Node) -> Value:
     if node.kwargs.get("alpha", 1) != 1:
         return Opaque("the attention mask is scaled while adding")
-    a, b = run.run(node.args[0]), run.run(node.args[1])
+    a, b = (run.zero_or_one(run.run(x)) for x in node.args[:2])
     if plain_name(node) == "rsub":
         a, b = b, a
     sign = 1 if plain_name(node) == "add" else -1
@@ -73,7 +73,11 @@ def _hides(a: Value) -> bool:
 
 @rule("mul")
 def _mul(run: Interpreter, node: fx.Node) -> Value:
-    return _arithmetic(run.run(node.args[0]), run.run(node.args[1]), lambda x, y: x * y)
+    a, b = (as_select(run.zero_or_one(run.run(x))) for x in node.args[:2])
+    masks = [x for x in (a, b) if isinstance(x, Select) and (x.on, x.off) == (1, 0)]
+    if len(masks) == 2:
+        return Select(masks[0].atoms | masks[1].atoms, 1, 0)
+    return _arithmetic(a, b, lambda x, y: x * y)
 
 
 def times(a: Value, factor: float) -> Value:
@@ -133,7 +137,7 @@ def _equal(run: Interpreter, node: fx.Node) -> Value:
         a, b = b, a
     if isinstance(a, Table) and not a.boolean and isinstance(b, Num) and b.value == 0:
         return domain.upright(Select(frozenset([replace(a, boolean=True)]), not wanted, wanted))
-    a = as_select(a)
+    a = as_select(run.zero_or_one(a) if isinstance(b, Num) else a)
     if isinstance(b, Num) and known(b.value):
         if isinstance(a, Num) and known(a.value):
             return Num((number(a.value) == number(b.value)) == wanted)
@@ -147,7 +151,7 @@ def _equal(run: Interpreter, node: fx.Node) -> Value:
 @rule("le", "lt", "ge", "gt")
 def _compare(run: Interpreter, node: fx.Node) -> Value:
     a, b = run.run(node.args[0]), run.run(node.args[1])
-    a, b = as_select(a), as_select(b)
+    a, b = as_select(run.zero_or_one(a) if isinstance(b, Num) else a), as_select(b)
     if isinstance(a, Select) and isinstance(b, Num):
         on = domain.compare(plain_name(node), Num(a.on), b)
         off = domain.compare(plain_name(node), Num(a.off), b)
@@ -225,7 +229,8 @@ def choose(where: Value, yes: Value, no: Value) -> Value:
             shown = domain.complement(where.atoms)
             if shown is not None:
                 return Select(shown | no.atoms, no.on, no.off)
-    return first_opaque(yes, no, "the attention mask is a bias that depends on data")
+    otherwise = first_opaque(where, where, "the attention mask is a bias that depends on data")
+    return first_opaque(yes, no, otherwise.reason)
 
 
 def _part(value: Value, atoms: frozenset[domain.Atom], where: str) -> domain.Scalar | None:

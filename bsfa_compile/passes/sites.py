@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from bsfa_compile.ops.held import Claim
 from bsfa_compile.passes import eligible
 from bsfa_compile.passes.arrange import Written
+from bsfa_compile.passes.claims import mark
 from bsfa_compile.passes.emit import realisable
 from bsfa_compile.passes.fused import HIDDEN, open_fused
 from bsfa_compile.passes.heads import unrepeated
@@ -42,10 +44,10 @@ class Site:
     """One attention call of a graph.
 
     node: the call. module: the innermost module's key in nn_module_stack ("" if there is none);
-    path: its qualified name in the graph's own words. ordinal: its place among the attention
-    calls of that module's call. q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]: nodes,
-    before any repetition of heads. meaning: what the masks show. sinks [H]: one more logit per head
-    in each row's denominator. reason: why it stays dense.
+    path: its qualified name in the graph's own words, of which a module may have several. ordinal:
+    its place among the attention calls of that module's call. q [B, H, Lq, D], k [B, Hkv, Lk, D],
+    v [B, Hkv, Lk, Dv]: nodes, before any repetition of heads. meaning: what the masks show.
+    sinks [H]: one more logit per head in each row's denominator. reason: why it stays dense.
     """
 
     node: fx.Node
@@ -95,12 +97,15 @@ def _plain(path: str) -> str:
     return path
 
 
-def find(gm: fx.GraphModule) -> list[Site]:
+def find(gm: fx.GraphModule, claims: Mapping[fx.Node, Claim] | None = None) -> list[Site]:
     """Every attention site of a graph and of its sub-graphs, in the order of execution.
 
-    The graph stays the same function: fused attention is opened, views may be added to it.
+    claims: what may be assumed of the graph's inputs, if the caller sees to it (`Meaning.premises`
+    says where it was). The graph stays the same function: fused attention is opened, views may be
+    added to it.
     """
-    found, calls = [], Counter[str]()
+    found, calls = [], Counter[tuple[str, str]]()
+    mark(claims or {})
     for part in graphs(gm):
         rebind(part.graph)
         inside = transformed(part.graph)
@@ -115,8 +120,8 @@ def find(gm: fx.GraphModule) -> list[Site]:
             if node.target not in SDPA and written is None and other is None:
                 continue
             key, path = owner(node)
-            bare = Site(node=node, module=key, path=path, ordinal=calls[key], reason=other)
-            calls[key] += 1
+            bare = Site(node=node, module=key, path=path, ordinal=calls[key, path], reason=other)
+            calls[key, path] += 1
             if written is not None:
                 found.append(_written_site(replace(bare, node=written.out), written))
             else:

@@ -96,8 +96,10 @@ def _number(node: object) -> float | None:
     """A number other than 0, also as a tensor that holds nothing else."""
     held, fake = value(node), tensor(node)
     if fake is not None and fake.dim() == 0:
-        found = Interpreter().run(node)
-        held = number(found.value) if isinstance(found, Num) and known(found.value) else None
+        run = Interpreter()
+        found = run.run(node)
+        plain = isinstance(found, Num) and known(found.value) and not run.premises
+        held = number(found.value) if isinstance(found, Num) and plain else None
     return float(held) if isinstance(held, int | float) and held != 0 else None
 
 

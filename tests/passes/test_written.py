@@ -156,6 +156,25 @@ def test_other_forms_stay_dense_and_say_why(attend: Callable[..., Tensor], reaso
     assert reason in site.reason
 
 
+def empty_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = (torch.arange(k.shape[2]) < 20)[None, None, None, :]
+    scores = q[:, :2] @ k.transpose(2, 3) + bias(q, k)
+    return F.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1) @ v
+
+
+def test_rows_that_see_nothing_are_zero_and_all_others_the_models() -> None:
+    module, x = Attend(empty_rows), toy.sample(LENGTH)
+    dense = toy.run(module, x)
+    empty = dense.isnan().any(-1)
+    assert empty.any() and not empty.all()
+    calibration = bsfa.calibrate(module, x, **toy.BLOCKS, progress=False)
+    assert calibration.dense == {}
+    bsfa.apply(module, calibration.thresholds(bsfa.Budget(0.0)), **toy.EAGER)
+    got = toy.run(module, x)
+    assert torch.allclose(got[~empty], dense[~empty])
+    assert got.isfinite().all()
+
+
 class Router(nn.Module):
     """A softmax that is no attention."""
 
