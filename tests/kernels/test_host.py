@@ -123,8 +123,12 @@ def test_a_launch_that_fails_says_so(listener: Listener) -> None:
 
 def tensors(length: int = 200, rows: int = 200) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [1, H, length, 64] over [1, rows, H, 64] storage."""
-    q, k, v = (torch.zeros(1, rows, h, 64, dtype=torch.bfloat16) for h in (4, 2, 2))
-    return tuple(x[:, :length].transpose(1, 2) for x in (q, k, v))  # type: ignore[return-value]
+
+    def one(heads: int) -> Tensor:
+        stored = torch.zeros(1, rows, heads, 64, dtype=torch.bfloat16)
+        return stored[:, :length].transpose(1, 2)
+
+    return one(4), one(2), one(2)
 
 
 def call_on(q: Tensor, k: Tensor) -> Call:
