@@ -18,6 +18,7 @@ from bsfa_compile.calibrate.data import Call, device_of, move
 from bsfa_compile.calibrate.observer import Observer
 from bsfa_compile.errors import InputError
 from bsfa_compile.huggingface.observing import EagerWatcher, attends_eagerly
+from bsfa_compile.huggingface.offloading import without_streams
 from bsfa_compile.install import install
 from bsfa_compile.listing import OUTSIDE, attending
 from bsfa_compile.passes.attach import reload, unload
@@ -83,7 +84,8 @@ def _compile(model: nn.Module, backend: Callable[..., Any], **options: Any) -> N
     else:  # torch 2.11 and 2.12 know only one limit for the whole process
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, RECOMPILES)
-    setattr(model, COMPILED, torch.compile(_entry(model), backend=backend, **options))
+    compiled = torch.compile(_entry(model), backend=backend, **options)
+    setattr(model, COMPILED, without_streams(compiled))
 
 
 def _forget_code(model: nn.Module) -> None:

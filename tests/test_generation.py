@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import cache_utils
 import bsfa_compile as bsfa
 from bsfa_compile.backend import Inner
 from bsfa_compile.calibrate import Thresholds
+from bsfa_compile.huggingface.offloading import without_streams
 from tests import toy, zoo
 
 PROMPT, NEW, WINDOW = 70, 5, 40
@@ -140,6 +142,98 @@ def test_a_decode_graph_is_that_of_the_untouched_model() -> None:
         tokens(model, given, {})
     assert graphs[0] == (4, True)
     assert graphs[-1] == (0, False)
+
+
+class Stream:
+    """In place of a CUDA stream, which must not be traced."""
+
+    traced = 0
+
+    def wait_stream(self, other: Stream) -> None:
+        Stream.traced += torch.compiler.is_compiling()
+
+    def synchronize(self) -> None:
+        Stream.traced += torch.compiler.is_compiling()
+
+    def __enter__(self) -> None:
+        Stream.traced += torch.compiler.is_compiling()
+
+    def __exit__(self, *raised: object) -> None:
+        return None
+
+
+def move(layer: Any, away: bool) -> None:
+    """In place of a copy to the host or back: what is away has the wrong sign."""
+    if getattr(layer, "away", False) != away:
+        layer.keys, layer.values, layer.away = -layer.keys, -layer.values, away
+
+
+def offloaded() -> Any:
+    """A cache that is offloaded, for machines without a card."""
+    cache = cache_utils.DynamicCache()
+    cache.offloading = cache.only_non_sliding = True
+    cache.prefetch_stream = Stream()
+    return cache
+
+
+def test_streams_of_an_offloaded_cache_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    monkeypatch.setattr(cache_utils.DynamicLayer, "offload", lambda layer: move(layer, True))
+    monkeypatch.setattr(cache_utils.DynamicLayer, "prefetch", lambda layer: move(layer, False))
+    monkeypatch.setattr(Stream, "traced", 0)
+    given, way = prompt("llama", padded=True), {"past_key_values": offloaded()}
+    untouched, model = build("llama"), optimized("llama", "graph", -torch.inf)
+    wanted = tokens(untouched, given, {})
+    assert torch.equal(tokens(untouched, given, copy.deepcopy(way)), wanted)
+    assert torch.equal(tokens(model, given, copy.deepcopy(way)), wanted)
+    assert bsfa.report(model).calls == {"sparse": 2, "decode": 2 * (NEW - 1)}
+    bsfa.retarget(model, thresholds("llama", -0.02))
+    with torch.no_grad():
+        model(**given, **way)
+        rates = toy.skipped(model)
+        assert len(rates) == 2 and all(rate is not None and rate > 0 for rate in rates.values())
+        # Either goes on from here, and leaves the other's copy as it is.
+        following = {"input_ids": given["input_ids"][:, -1:]}
+        caches = [copy.deepcopy(way["past_key_values"]) for _ in range(2)]
+        ours = model(**following, past_key_values=caches[0]).logits
+        theirs = untouched(**following, past_key_values=caches[1]).logits
+    caches.append(way["past_key_values"])
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-9)
+    assert [cache.get_seq_length() for cache in caches] == [PROMPT + 1, PROMPT + 1, PROMPT]
+    assert all(type(c) is cache_utils.DynamicCache and c.offloading for c in caches)
+    assert Stream.traced == 0
+
+
+def test_both_parts_of_an_offloaded_cache_until_the_call_ends() -> None:
+    given = cache_utils.EncoderDecoderCache(offloaded(), offloaded())
+    caches = [given.self_attention_cache, given.cross_attention_cache]
+
+    def offloading(*args: object, **kwargs: object) -> list[bool]:
+        if "fail" in kwargs:
+            raise RuntimeError("a failing call")
+        return [cache.offloading for cache in caches]
+
+    call = without_streams(offloading)
+    assert call(None, given) == call(past_key_values=given) == [False, False]
+    with pytest.raises(RuntimeError, match="a failing call"):
+        call(past_key_values=given, fail=True)
+    assert call(past_key_values=cache_utils.DynamicCache()) == [True, True]
+    assert all(type(cache) is cache_utils.DynamicCache for cache in caches)
+
+
+def test_generate_may_compile_the_call_of_a_compiled_model() -> None:
+    """As it does on CUDA to decode with a static cache."""
+    model, x, graphs = toy.Toy(), toy.sample(), list[fx.GraphModule]()
+    bsfa.apply(model, toy.thresholds(toy.sites()), **toy.EAGER)
+
+    def other(gm: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
+        graphs.append(gm)
+        return gm
+
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model.__call__, backend=other)(x), model(x))
+    assert bsfa.report(model).calls == {"sparse": 4} and not graphs
+    assert all(toy.skipped(model).values())
 
 
 @pytest.mark.gpu
