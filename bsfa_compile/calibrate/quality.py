@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from inspect import signature
 from numbers import Real
 from typing import Any
@@ -98,11 +98,6 @@ class Proof:
         if self.holds:
             return f"{loss}, {seen}: within {self.limit:g}"
         return f"NOT HELD, so all is dense: {loss}, {seen}; asked for {self.limit:g}"
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> Proof:
-        """Inverse of dataclasses.asdict. Raises KeyError for a missing field."""
-        return cls(**{one.name: content[one.name] for one in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,15 +122,15 @@ class Thresholds:
     def load(cls, path: str | os.PathLike[str]) -> Thresholds:
         """Inverse of `save`, to the bit. Of a folder, the file FILE_NAME in it is read.
 
-        Raises ThresholdsError for a damaged or foreign file or another format version, and
-        OSError for one that cannot be read.
+        What an older release did not write yet has its default. Raises ThresholdsError for a
+        damaged or foreign file or another format version, and OSError for one that cannot be read.
         """
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         tensors, content = files.load(path, "thresholds", _VERSION, ThresholdsError)
         try:
-            sites, print_ = content.pop("sites"), content.pop("fingerprint")
-            proof, wide = content.pop("proof"), content.pop("fitted_columns")
+            sites, wide = content.pop("sites"), content.pop("fitted_columns")
+            print_, proof = content.pop("fingerprint", None), content.pop("proof", None)
             stored = {name: tensors[name] for name in sites}
             gate = content["gate"]
             fitted = {} if wide is None else {n: columns(v, wide, gate) for n, v in stored.items()}
@@ -138,8 +138,8 @@ class Thresholds:
                 values=fitted or stored,
                 curves=None if wide is None else stored,
                 fingerprint=None if print_ is None else Fingerprint(**print_),
-                lengths=tuple(content.pop("lengths")),
-                proof=None if proof is None else Proof.of(proof),
+                lengths=tuple(content.pop("lengths", ())),
+                proof=None if proof is None else Proof(**proof),
                 **content,
             )
         except (KeyError, TypeError) as cause:

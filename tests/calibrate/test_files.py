@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from bsfa_compile.calibrate import (
     TopK,
     files,
 )
+from bsfa_compile.calibrate.quality import Proof
 from bsfa_compile.calibrate.statistics import SiteStatistics
 from bsfa_compile.errors import BsfaError, CalibrationError, ThresholdsError
 from bsfa_compile.ops.tiles import Geometry
@@ -171,6 +173,40 @@ def test_foreign_files_and_versions_are_refused(
             load(path)
     with pytest.raises(FileNotFoundError):
         Thresholds.load(tmp_path / "missing")
+
+
+def test_fields_that_older_releases_did_not_write_have_their_defaults(
+    thresholds: Thresholds, tmp_path: Path
+) -> None:
+    proof = Proof(
+        metric="nll",
+        limit=0.01,
+        measured=0.002,
+        upper=0.004,
+        tokens=512,
+        skipped=0.6,
+        holds=True,
+        trials=3,
+        also={"kl": 0.003},
+    )
+    proven, path = replace(thresholds, proof=proof), tmp_path / "t"
+    proven.save(path)
+    assert Thresholds.load(path).equal(proven)
+    tensors, content = files.load(path, "thresholds", 2, ThresholdsError)
+    del content["proof"]["also"]
+    files.save(path, "thresholds", 2, tensors, content)
+    assert Thresholds.load(path).equal(replace(proven, proof=replace(proof, also={})))
+    for changed in (
+        content | {"odd": 1},
+        content | {"proof": content["proof"] | {"odd": 1}},
+        content | {"proof": {"metric": "nll"}},
+    ):
+        files.save(path, "thresholds", 2, tensors, changed)
+        with pytest.raises(ThresholdsError, match="a field is missing or unknown"):
+            Thresholds.load(path)
+    del content["proof"], content["fingerprint"], content["lengths"]
+    files.save(path, "thresholds", 2, tensors, content)
+    assert Thresholds.load(path).equal(replace(thresholds, fingerprint=None, lengths=()))
 
 
 def test_bad_thresholds_are_refused() -> None:
