@@ -26,6 +26,8 @@ LENGTH = 200
 LIMIT = 1e-9  # of the output's standard deviation: models and operator run in float64
 # Their eager attention or their experts compute in float32 whatever the weights are.
 FLOAT32 = {"gemma2": 1e-5, "gptj": 1e-5, "codegen": 1e-5}
+# Its recurrence is in float32: a graph that rounds otherwise may differ by half an eps a step.
+RECURRENT = {"qwen3_next": LENGTH * torch.finfo(torch.float32).eps / 2}
 # In transformers 5.17 it hangs methods on its cache that torch.compile, by any backend, loses.
 UNTRACED = {"recurrent_gemma"} if hasattr(modeling_recurrent_gemma, "_get_mask_sizes") else set()
 
@@ -165,7 +167,8 @@ def problems(name: str, found: dict[str, Any]) -> list[str]:
     """What is not as the zoo says it must be: sites, reasons, numbers."""
     entry, sites = zoo.ZOO[name], list(zoo.ZOO[name].sites)
     calls = len(sites) * entry.repeats
-    limit = FLOAT32.get(name, LIMIT)
+    rounding = RECURRENT.get(name, LIMIT)
+    limit = FLOAT32.get(name, rounding)
     wrong = []
     if found["calibrated"] != sites:
         wrong.append(f"calibrated sites are {found['calibrated']}")
@@ -201,7 +204,7 @@ def problems(name: str, found: dict[str, Any]) -> list[str]:
                 for site, rate in sparse["wanted"].items()
                 if abs(sparse["skipped"][site] - rate) > 1e-9
             ]
-            if off or sparse["error"] > LIMIT:
+            if off or sparse["error"] > rounding:
                 wrong.append(f"{gate}: not as the reference: {off}, error {sparse['error']:.1e}")
     if "door" in found:
         known = {*found["door"], *found["door_dense"]}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.models.dinov2 import modeling_dinov2
+
 from tests.zoo_models import (
     SIZES,
     STRIDES,
@@ -29,6 +31,10 @@ T5_DENSE = because(
     *layers("decoder.block.{}.layer.0.SelfAttention"),
 )
 T5_SITES = layers("decoder.block.{}.layer.1.EncDecAttention")
+# transformers 5.17 has a module more around it.
+DINOV2 = "encoder.layer.{}.attention" + ".attention" * hasattr(
+    modeling_dinov2, "Dinov2SelfAttention"
+)
 
 
 def t5(kind: str, **more: Any) -> Entry:
@@ -136,7 +142,7 @@ ENCODERS: dict[str, Entry] = {
     ),
     "vit": vision("vit", "layers.{}.attention", ci=True),
     "deit": vision("deit", "layers.{}.attention"),
-    "dinov2": vision("dinov2", "encoder.layer.{}.attention"),
+    "dinov2": vision("dinov2", DINOV2),
     "dinov3": vision("dinov3_vit", "model.layer.{}.attention"),
     "ijepa": vision("ijepa", "layers.{}.attention"),
     "beit": vision(
