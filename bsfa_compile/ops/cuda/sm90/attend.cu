@@ -11,6 +11,7 @@
 //
 // Macros: HEAD_DIM, VALUE_DIM, BF16, CAUSAL, WINDOW, PADDED, SOFTCAP, LIST.
 #include "base.cuh"
+#include "gather.cuh"
 #include "mbarrier.cuh"
 #include "numeric.cuh"
 #include "spans.cuh"
@@ -454,7 +455,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int at = item.span.row0 + row + 8 * r;
-      if (at < 0 || at >= p.shape.q_len) continue;
       const float l = r ? l1 : l0, m = r ? m1 : m0;
       float inverse = l == 0.f ? 0.f : 1.f / l, total = l == 0.f ? NEG_INF : m + log2_approx(l);
       if (p.sinks_gmem) {
@@ -462,12 +462,18 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         total = log2_add(seen, p.sinks_gmem[item.head] * LOG2E);
         if (l != 0.f) inverse *= exp2_approx(seen - total);
       }
-      u16* out = out_row(p, item, at) + (lane & 3) * 2;
+      const bool inside = at >= 0 && at < p.shape.q_len;
+      uint4* out = (uint4*)out_row(p, item, at);
 #pragma unroll
-      for (int i = 0; i < VALUE_DIM / 8; i++)
-        *(u32*)(out + i * 8) =
-            pack_16bit(o[i * 4 + 2 * r] * inverse, o[i * 4 + 2 * r + 1] * inverse);
-      if ((lane & 3) == 0)
+      for (int i = 0; i < OUTPUTS / 4; i += 4) {
+        u32 x[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          x[e] = pack_16bit(o[(i + e) * 4 + 2 * r] * inverse, o[(i + e) * 4 + 2 * r + 1] * inverse);
+        const uint4 eight = gather_quad(x, lane);
+        if (inside && (i + (lane & 3)) * 8 < VALUE_DIM) out[i + (lane & 3)] = eight;
+      }
+      if (inside && (lane & 3) == 0)
         p.lse_gmem[((i64)item.batch * p.heads + item.head) * p.shape.q_len + at] = total * LN2;
     }
   }
