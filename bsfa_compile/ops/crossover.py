@@ -37,9 +37,9 @@ class Crossover:
 
 
 # By the device's name, else its type. The CPU's: two cores of an AMD EPYC, float32, 2026-11-23, by
-# the command. CUDA's: on an H100, same day, with 25 % skipped, a queue of sparse calls takes 1.08
-# times less than SDPA at 8k tokens (docs/kernel.md); waited for one by one it reads .93 at 8k and
-# .79 at 4k, for the time of the launches.
+# the command. CUDA's: on an H100, same day, by the command, at 22 to 24 % skipped a queue of sparse
+# calls reads .86 x SDPA at 4k tokens, 1.00 at 8k and 1.11 at 16k; waited for one by one (an earlier
+# version) .79 at 4k and .93 at 8k, for the time of the launches.
 SHIPPED = {
     "cpu": Crossover(tokens=4096, skipped=0.69),
     "cuda": Crossover(tokens=8192),
