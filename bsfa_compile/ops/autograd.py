@@ -62,6 +62,12 @@ class _Attention(torch.autograd.Function):
 _DEVICES = {torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA}
 
 
+def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> bool:
+    sinks = rest[14] if len(rest) > 14 else None
+    own = q.requires_grad or k.requires_grad or v.requires_grad
+    return own or (sinks is not None and sinks.requires_grad)
+
+
 def of_attention(run: Callable[..., Any]) -> Callable[..., Any]:
     """The autograd kernel of attention, which `run` computes on any device.
 
@@ -69,15 +75,19 @@ def of_attention(run: Callable[..., Any]) -> Callable[..., Any]:
     more: that is 4 us of host time.
     """
     differentiable: Any = _Attention
+    after, below = torch._C._after_autograd_keyset, torch._C._AutoDispatchBelowAutograd
+    direct: dict[int, bool] = {}  # by keys: whether a device is all that is left to dispatch to
 
     def attention(keys: Any, *args: Any) -> Any:
-        keys = keys & torch._C._after_autograd_keyset
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return differentiable.apply(keys, *args)
-        with torch._C._AutoDispatchBelowAutograd():
-            if keys.highestPriorityTypeId() in _DEVICES:
+        if torch.is_grad_enabled() and _wants_gradient(*args):
+            return differentiable.apply(keys & after, *args)
+        raw = keys.raw_repr()
+        if raw not in direct:
+            direct[raw] = (keys & after).highestPriorityTypeId() in _DEVICES
+        with below():
+            if direct[raw]:
                 return run(*args)
-            return torch.ops.bsfa.attention_v1.default.redispatch(keys, *args)
+            return torch.ops.bsfa.attention_v1.default.redispatch(keys & after, *args)
 
     return attention
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,17 +30,18 @@ class Call:
     sinks: Tensor | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gate:
-    """How tiles are judged: thresholds [H] or [H, n] float32, rule and precision."""
+class Gate(NamedTuple):
+    """How tiles are judged: thresholds [H] or [H, n] float32, rule and precision.
+
+    A named tuple, as `Result` is: every call makes one, and frozen classes are slow to make.
+    """
 
     thresholds: Tensor
     rule: str
     precision: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
+class Result(NamedTuple):
     """out [B, H, Lq, Dv], lse [B, H, Lq], packed tile mask, counts [H, 2] (see library)."""
 
     out: Tensor
@@ -68,9 +70,39 @@ def make_call(
         on_host = q_start_tensor.device.type == "cpu"
         q_start = int(q_start_tensor) if on_host else 0
         q_start_tensor = None if on_host else q_start_tensor
+    q_len, width = q.shape[2:]
+    scale = width**-0.5 if scale is None else scale
+    blocks = sink_tiles, block_q, block_k
+    plain = _plain(q_len, k.shape[2], q_start, is_causal, window, *blocks, scale, softcap)
+    if key_padding_mask is None and q_start_tensor is None and sinks is None:
+        return plain
+    return Call(
+        geometry=plain.geometry,
+        q_start_tensor=q_start_tensor,
+        key_padding_mask=key_padding_mask,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _plain(
+    q_len: int,
+    k_len: int,
+    q_start: int,
+    is_causal: bool,
+    window: int | None,
+    sink_tiles: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    softcap: float | None,
+) -> Call:
+    """A call without tensors of its own. Kept, as layers repeat it."""
     geometry = Geometry(
-        q_len=q.shape[2],
-        k_len=k.shape[2],
+        q_len=q_len,
+        k_len=k_len,
         q_start=q_start,
         is_causal=is_causal,
         window=window,
@@ -80,11 +112,10 @@ def make_call(
     )
     return Call(
         geometry=geometry,
-        q_start_tensor=q_start_tensor,
-        key_padding_mask=key_padding_mask,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        q_start_tensor=None,
+        key_padding_mask=None,
+        scale=scale,
         softcap=softcap,
-        sinks=sinks,
     )
 
 

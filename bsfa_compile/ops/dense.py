@@ -32,9 +32,9 @@ def reason(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
         return "an empty input"
     if call.q_start_tensor is not None and (g.is_causal or g.window is not None):
         return "only the device knows where the query starts"
-    if q.device.type == "cuda" and q.dtype == torch.float64:
+    if q.is_cuda and q.dtype == torch.float64:
         return "no fused attention for float64 on CUDA"
-    if q.device.type not in ("cpu", "cuda"):
+    if not (q.is_cuda or q.is_cpu):
         return f"no fused attention known for {q.device.type}"
     return None
 

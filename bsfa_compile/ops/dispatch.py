@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bsfa_compile.ops import chunked, chunked_backward, cpu, crossover, dense, launch
 from bsfa_compile.ops.call import Call, Gate, Result, empty_out, lse_dtype
+from bsfa_compile.ops.compiler import KernelUnavailable
 from bsfa_compile.ops.visible import FEW_ROWS
 
 _MANY_KEYS = 16384
@@ -27,19 +28,18 @@ def attention(
     """Attention over the tiles that the gate keeps; over all of them without a gate, or, if
     `dense_if_faster` allows it, where keeping all is faster."""
     q, k, v = _rows(q), _rows(k), _rows(v)
-    can_be_dense = dense.reason(q, k, v, call) is None
-    if gate is None or (dense_if_faster and can_be_dense and _dense_by_shape(q, k, gate)):
-        return _dense(q, k, v, call, can_be_dense=can_be_dense)
-    if q.device.type == "cpu":
-        if dense_if_faster and can_be_dense:
-            return _cpu_by_sample(q, k, v, call, gate)
-        return _sparse(q, k, v, call, gate)
-    family, _ = launch.find(q, k, v, call, gate)
-    if family is not None:
-        return launch.attention(family, q, k, v, call, gate)
-    if dense_if_faster and can_be_dense:  # chunks of torch operations are slower
-        return dense.attention(q, k, v, call)
-    return chunked.attention(q, k, v, call, gate=gate)
+    may_be_dense = dense_if_faster and dense.reason(q, k, v, call) is None
+    if gate is None or (may_be_dense and _dense_by_shape(q, k, gate)):
+        return _dense(q, k, v, call)
+    if not q.is_cuda:
+        run = _cpu_by_sample if may_be_dense else _sparse
+        return run(q, k, v, call, gate)
+    try:
+        return launch.attention(q, k, v, call, gate)
+    except KernelUnavailable:
+        if may_be_dense:  # chunks of torch operations are slower
+            return dense.attention(q, k, v, call)
+        return chunked.attention(q, k, v, call, gate=gate)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -47,28 +47,39 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call, *, can_be_dense: bool) -> Result:
+def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
     """Every tile kept. On CUDA by our own kernels: they beat torch's on long calls, and on short
     ones the tile mask and the counts would take dozens of small operations besides. A few rows
     over many keys are torch's, which splits the keys."""
+    if q.is_cuda and not (_few_rows(call) and dense.reason(q, k, v, call) is None):
+        try:
+            return launch.attention(q, k, v, call, None)
+        except KernelUnavailable:
+            return _dense_by_torch(q, k, v, call)
+    return _dense_by_torch(q, k, v, call)
+
+
+def _few_rows(call: Call) -> bool:
+    """Whether torch spreads the keys of each row over the card, as our kernels do not."""
     g = call.geometry
     plain = call.key_padding_mask is None and g.window is None and call.sinks is None
-    few = plain and g.q_blocks <= FEW_ROWS and g.k_len > _MANY_KEYS
-    own = q.device.type == "cuda" and not (few and can_be_dense)
-    family = launch.find(q, k, v, call, None)[0] if own else None
-    if family is not None:
-        return launch.attention(family, q, k, v, call, None)
-    return dense.attention(q, k, v, call) if can_be_dense else _sparse(q, k, v, call, None)
+    return g.k_len > _MANY_KEYS and plain and g.q_blocks <= FEW_ROWS
+
+
+def _dense_by_torch(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
+    if dense.reason(q, k, v, call) is None:
+        return dense.attention(q, k, v, call)
+    return _sparse(q, k, v, call, None)
 
 
 def tile_mask(q: Tensor, k: Tensor, call: Call, gate: Gate) -> tuple[Tensor, Tensor]:
     """The decision alone: (packed tile mask, counts)."""
     q, k = _rows(q), _rows(k)
-    family, _ = launch.find(q, k, None, call, gate)
-    if family is not None:
-        return launch.tile_mask(family, q, k, call, gate)
-    result = _sparse(q, k, None, call, gate)
-    return result.tile_mask, result.counts
+    try:
+        return launch.tile_mask(q, k, call, gate)
+    except KernelUnavailable:
+        result = _sparse(q, k, None, call, gate)
+        return result.tile_mask, result.counts
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -76,11 +87,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call) -> tuple[
     q, k, v = _rows(q), _rows(k), _rows(v)
     if q.device.type == "cpu":
         return cpu.attend(q, k, v, call, tiles)
-    family, _ = launch.find(q, k, v, call, None)
-    if family is not None:
-        return launch.attend(family, q, k, v, tiles, call)
-    result = chunked.attention(q, k, v, call, tile_mask=tiles)
-    return result.out, result.lse
+    try:
+        return launch.attend(q, k, v, tiles, call)
+    except KernelUnavailable:
+        result = chunked.attention(q, k, v, call, tile_mask=tiles)
+        return result.out, result.lse
 
 
 def attend_backward(
@@ -110,7 +121,7 @@ def _dense_by_shape(q: Tensor, k: Tensor, gate: Gate) -> bool:
     least = crossover.of(q.device).tokens
     if q.shape[2] < least or k.shape[2] < least:
         return True
-    return q.device.type == "cpu" and bool((gate.thresholds == -torch.inf).all())
+    return q.is_cpu and bool((gate.thresholds == -torch.inf).all())
 
 
 def _cpu_by_sample(q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate) -> Result:
@@ -132,7 +143,7 @@ def _cpu_by_sample(q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate) -> R
         sinks = None if call.sinks is None else call.sinks[hq]
         part = (q[:, hq], k[:, hkv], v[:, hkv], dataclasses.replace(call, sinks=sinks))
         if sparse:
-            own = dataclasses.replace(gate, thresholds=gate.thresholds[hq])
+            own = gate._replace(thresholds=gate.thresholds[hq])
             parts.append(_sparse(*part, own))
         else:
             parts.append(dense.attention(*part))

@@ -56,8 +56,7 @@ def driver() -> Any:
         library = ctypes.CDLL(name)
     except OSError as error:
         raise KernelUnavailable(f"the CUDA driver cannot be loaded: {error}") from error
-    pointer = ctypes.c_void_p
-    library.cuLaunchKernelEx.argtypes = [ctypes.POINTER(_Config), pointer, pointer, pointer]
+    pointer = ctypes.c_void_p  # cuLaunchKernelEx, called most, is given ctypes' own types
     library.cuKernelSetAttribute.argtypes = [ctypes.c_int, ctypes.c_int, pointer, ctypes.c_int]
     library.cuMemsetD8Async.argtypes = [pointer, ctypes.c_ubyte, ctypes.c_size_t, pointer]
     library.cuGetErrorName.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
@@ -108,7 +107,9 @@ class Stage:
         places = itertools.accumulate(sizes, initial=ctypes.addressof(self._values))
         pointers = (ctypes.c_void_p * len(sizes))(*itertools.islice(places, len(sizes)))
         self._config = _Config(*grid, threads, 1, 1, smem, 0, _OVERLAP_ADDRESS, 0)
-        self._arguments = ctypes.byref(self._config), kernel.handle, pointers, None
+        handle = ctypes.c_void_p(kernel.handle)
+        self._arguments = ctypes.byref(self._config), handle, pointers, None
+        self._launch = driver().cuLaunchKernelEx
         self._kernel = kernel  # keeps it loaded
         self._turn = threading.Lock()
 
@@ -122,7 +123,7 @@ class Stage:
         with self._turn:
             self._pack(self._values, 0, *values)
             self._config.stream, self._config.count = stream, overlap
-            status = driver().cuLaunchKernelEx(*self._arguments)
+            status = self._launch(*self._arguments)
         if status:
             _check(status, "kernel launch")
 

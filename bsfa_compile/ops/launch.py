@@ -1,7 +1,8 @@
-"""The CUDA kernels as one thing: which family runs a call, or why none can.
+"""The CUDA kernels as one thing: the first family that can do a call runs it.
 
 Hopper has kernels of its own; the portable ones run wherever those cannot, and on every other card
-of compute capability 8.0 or newer.
+of compute capability 8.0 or newer. A family that cannot do a call raises `KernelUnavailable`, which
+says why; so does each function here if none can.
 """
 
 from __future__ import annotations
@@ -9,82 +10,62 @@ from __future__ import annotations
 import contextlib
 import functools
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bsfa_compile.ops import sm80, sm90
 from bsfa_compile.ops.call import Call, Gate, Result
+from bsfa_compile.ops.compiler import KernelUnavailable
 
 
 @functools.cache
 def _families(device: int) -> tuple[ModuleType, ...]:
     """The families that a card has, the fastest first."""
+    if torch.version.hip is not None:
+        return ()
     capability = torch.cuda.get_device_capability(device)
     if capability == (9, 0):
         return sm90, sm80
     return (sm80,) if capability >= (8, 0) else ()
 
 
-def _choose(
-    q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None
-) -> tuple[ModuleType | None, str]:
-    """The first family that can do the call, or the reasons of all."""
-    reasons = []
-    for family in _families(q.device.index):
-        reason = family.reason(q, k, v, call, gate)
-        if reason is None:
-            return family, ""
-        if reason not in reasons:
-            reasons.append(reason)
-    return None, "; ".join(reasons) or "the kernels need a card of compute capability 8.0 or newer"
-
-
-def _on(q: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make q's device current, if it is not."""
-    if torch.cuda.current_device() == q.device.index:
+def _on(device: int) -> contextlib.AbstractContextManager[object]:
+    """Make a device current, if it is not."""
+    if torch.cuda.current_device() == device:
         return contextlib.nullcontext()
-    return torch.cuda.device(q.device)
+    return torch.cuda.device(device)
 
 
-def find(
-    q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None
-) -> tuple[ModuleType | None, str]:
-    """The family of kernels that does this call, or None and why none can.
+def _run(name: str, q: Tensor, *rest: Any) -> Any:
+    """What the function `name` of the first family that can do the call returns."""
+    if not q.is_cuda:
+        raise KernelUnavailable(f"q is on {q.device}; the kernels run on CUDA")
+    device, reasons = q.get_device(), []
+    with _on(device):
+        for family in _families(device):
+            try:
+                return getattr(family, name)(q, *rest)
+            except KernelUnavailable as error:
+                reasons.append(str(error))
+    lacking = "the kernels need an NVIDIA card of compute capability 8.0 or newer"
+    raise KernelUnavailable("; ".join(dict.fromkeys(reasons)) or lacking)
 
-    v None: the decision alone. Builds the kernel if it has to: a kernel that cannot be built is a
-    reason too.
-    """
-    if q.device.type != "cuda":
-        return None, f"q is on {q.device}; the kernels run on CUDA"
-    if torch.version.hip is not None:
-        return None, "the kernels are CUDA; this torch is built for ROCm"
-    with _on(q):
-        return _choose(q, k, v, call, gate)
 
-
-def attention(
-    family: ModuleType, q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate | None
-) -> Result:
-    """Attention over the tiles that the gate keeps (all without a gate), by a family found."""
-    with _on(q):
-        result: Result = family.attention(q, k, v, call, gate)
+def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate | None) -> Result:
+    """Attention over the tiles that the gate keeps (all without a gate)."""
+    result: Result = _run("attention", q, k, v, call, gate)
     return result
 
 
-def tile_mask(
-    family: ModuleType, q: Tensor, k: Tensor, call: Call, gate: Gate
-) -> tuple[Tensor, Tensor]:
+def tile_mask(q: Tensor, k: Tensor, call: Call, gate: Gate) -> tuple[Tensor, Tensor]:
     """The decision alone: (packed tile mask, counts)."""
-    with _on(q):
-        found: tuple[Tensor, Tensor] = family.tile_mask(q, k, call, gate)
+    found: tuple[Tensor, Tensor] = _run("tile_mask", q, k, call, gate)
     return found
 
 
-def attend(
-    family: ModuleType, q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Attention over the tiles of a packed tile mask: (out, lse)."""
-    with _on(q):
-        found: tuple[Tensor, Tensor] = family.attend(q, k, v, tiles, call)
+    found: tuple[Tensor, Tensor] = _run("attend", q, k, v, tiles, call)
     return found

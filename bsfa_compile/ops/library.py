@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx.node import has_side_effect
 
 from bsfa_compile.ops import autograd, dispatch
-from bsfa_compile.ops.call import Gate, empty_out, lse_dtype, make_call
+from bsfa_compile.ops.call import Gate, Result, empty_out, lse_dtype, make_call
 from bsfa_compile.ops.tiles import mask_rows, mask_words, reached
 
 _MASK = (
@@ -58,24 +58,20 @@ def _sinks(last: Sequence[Any]) -> Tensor | None:
     return last[0] if last else None
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, thresholds: Tensor | None, *config: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *mask, gate, precision, sink_tiles, block_q, block_k, dense_if_faster = config[:13]
+def _attention(q: Tensor, k: Tensor, v: Tensor, thresholds: Tensor | None, *config: Any) -> Result:
+    gate, precision, sink_tiles, block_q, block_k, dense_if_faster = config[7:13]
+    sinks = _sinks(config[13:])
     call = make_call(
         q,
         k,
-        mask,
+        config[:7],
         sink_tiles=sink_tiles,
         block_q=block_q,
         block_k=block_k,
-        sinks=_sinks(config[13:]),
+        sinks=sinks,
     )
-    rule = None
-    if thresholds is not None:
-        rule = Gate(thresholds=thresholds, rule=gate, precision=precision)
-    result = dispatch.attention(q, k, v, call, rule, dense_if_faster=dense_if_faster)
-    return result.out, result.lse, result.tile_mask, result.counts
+    rule = None if thresholds is None else Gate(thresholds, gate, precision)
+    return dispatch.attention(q, k, v, call, rule, dense_if_faster=dense_if_faster)
 
 
 def _gate(q: Tensor, k: Tensor, thresholds: Tensor, *config: Any) -> tuple[Tensor, Tensor]:

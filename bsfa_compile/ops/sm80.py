@@ -124,6 +124,11 @@ def reason(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None
     return unsuited(q, k, v, call) or _unavailable(_key(q, v, _decide(gate), call))
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None) -> None:
+    if (bad := reason(q, k, v, call, gate)) is not None:
+        raise KernelUnavailable(bad)
+
+
 def padding(mask: Tensor, k_len: int, stream: int) -> tuple[Tensor, Tensor]:
     """A key padding mask [B, Lk] as (bits [B, tiles] int64, bounds [B, 2] int32)."""
     batch, tiles = mask.shape[0], -(-k_len // BLOCK_K)
@@ -219,6 +224,7 @@ def _decision(q: Tensor, call: Call) -> tuple[Tensor, Tensor]:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate | None) -> Result:
     """Attention over the tiles that the gate keeps (all without a gate)."""
+    _check(q, k, v, call, gate)
     tile_mask, counts = _decision(q, call)
     out, lse = empty_out(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
     thresholds = None if gate is None else gate.thresholds
@@ -229,6 +235,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate | None) ->
 
 def tile_mask(q: Tensor, k: Tensor, call: Call, gate: Gate) -> tuple[Tensor, Tensor]:
     """The decision alone: (packed tile mask, counts)."""
+    _check(q, k, None, call, gate)
     tiles, counts = _decision(q, call)
     t = gate.thresholds
     _run(q, k, None, call, _decide(gate), thresholds=t, tile_mask=tiles, counts=counts)
@@ -237,6 +244,7 @@ def tile_mask(q: Tensor, k: Tensor, call: Call, gate: Gate) -> tuple[Tensor, Ten
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Attention over the tiles of a packed tile mask: (out, lse)."""
+    _check(q, k, v, call, None)
     out, lse = empty_out(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
     _run(q, k, v, call, kernels.GIVEN, tile_mask=tiles.contiguous(), out=out, lse=lse)
     return out, lse

@@ -8,86 +8,52 @@ here reads the device, so a call can be captured in a CUDA graph.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bsfa_compile.ops.call import Call, Gate, Result
 from bsfa_compile.ops.compiler import KernelUnavailable
+from bsfa_compile.ops.driver import zero
 from bsfa_compile.ops.kernels_sm90 import exact_sinks
 from bsfa_compile.ops.sm80 import padding
-from bsfa_compile.ops.sm90_plan import MARKS, MOST_KEYS, MOST_POSITIONS, Key, Plan, plan_for
+from bsfa_compile.ops.sm90_limits import refusal
+from bsfa_compile.ops.sm90_plan import MARKS, MOST_POSITIONS, Key, Plan
 from bsfa_compile.ops.tensor_map import encode
-from bsfa_compile.ops.tiles import BLOCK_K, BLOCK_Q
-
-_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def _unreadable(name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> str | None:
-    """Why the copy engine cannot read a tensor, wherever it starts."""
-    width = shape[3]
-    if width > 256 or width % 8:
-        return f"{name} has head dim {width}; the Hopper kernels need a multiple of 8 up to 256"
-    if strides[3] != 1:
-        return f"{name}'s last dimension has stride {strides[3]}; the kernels need 1"
-    steps = [s for s, n in zip(strides[:3], shape[:3], strict=True) if n > 1]
-    if 0 in steps:
-        return f"{name} is broadcast (strides {strides}); the copy engine cannot read that"
-    if any(s % 8 or s < 0 for s in steps):
-        return f"{name}'s rows (strides {strides}) do not start at multiples of 16 bytes"
-    return None
+def _empty_slow(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
+# On the current device. What compiled graphs allocate with, where torch still has it.
+_empty: Any = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_slow)
 
 
 @functools.lru_cache(maxsize=1024)
-def _refusal(key: Key) -> str | None:
-    """Why these kernels cannot do such a call, asked once: whatever its tensors' addresses are."""
-    dtypes = {key.q_dtype, key.k_dtype, key.v_dtype or key.q_dtype}
-    if key.q_dtype not in _DTYPES or len(dtypes) > 1:
-        return (
-            f"the kernels take bfloat16 or float16, all alike; q is {key.q_dtype}, k {key.k_dtype}"
-        )
-    if (key.block_q, key.block_k) != (BLOCK_Q, BLOCK_K):
-        return f"the kernels have {BLOCK_Q} x {BLOCK_K} tiles, not {key.block_q} x {key.block_k}"
-    if not key.scale > 0:
-        return f"the kernels need a positive scale, not {key.scale}"
-    if 0 in key.q_shape or 0 in key.k_shape:
-        return "an empty q or k"
-    if key.k_shape[2] > MOST_KEYS:
-        return f"{key.k_shape[2]} keys; the Hopper kernels take {MOST_KEYS}"
-    for name, shape, strides in (
-        ("q", key.q_shape, key.q_strides),
-        ("k", key.k_shape, key.k_strides),
-        ("v", key.v_shape, key.v_strides),
-    ):
-        if (bad := _unreadable(name, shape, strides)) is not None:
-            return bad
+def plan_for(key: Key) -> Plan | str:
+    """The plan of such a call, its kernels loaded, or why there is none: asked once."""
+    if (bad := refusal(key)) is not None:
+        return bad
+    plan = Plan(key)
     try:
-        plan = plan_for(key)
         _ = plan.fill if key.rule is None else plan.gating
         if key.v_dtype is not None:
             _ = plan.attend_all if key.rule is None else plan.attend_listed
     except KernelUnavailable as error:
         return str(error)
-    return None
+    return plan
 
 
-def reason(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None) -> str | None:
-    """Why these kernels cannot do this call; None if they can. v None: the gate alone."""
-    refusal = _refusal(_key(q, k, v, call, gate))
-    if refusal is not None:
-        return refusal
-    if call.geometry.q_start + call.geometry.q_len > MOST_POSITIONS:
-        return f"positions beyond {MOST_POSITIONS}"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x is not None and x.data_ptr() % 16:
-            return f"{name} does not start at a multiple of 16 bytes"
-    return None
+def plan_of(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None) -> Plan:
+    """The plan of a call: kernels, grids and sizes, which its tensors' contents do not change.
 
-
-def _key(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None) -> Key:
+    v None: the gate alone. Raises KernelUnavailable if these kernels cannot do the call.
+    """
     g, values = call.geometry, k if v is None else v
-    return Key(
-        q.device.index,
+    key = Key(
+        q.get_device(),
         q.dtype,
         k.dtype,
         None if v is None else v.dtype,
@@ -108,18 +74,30 @@ def _key(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None) 
         None if gate is None else gate.rule,
         gate is not None and gate.precision == "exact",
     )
+    plan = plan_for(key)
+    if isinstance(plan, str):
+        raise KernelUnavailable(plan)
+    if g.q_start + g.q_len > MOST_POSITIONS:
+        raise KernelUnavailable(f"positions beyond {MOST_POSITIONS}")
+    if (q.data_ptr() | k.data_ptr() | values.data_ptr()) % 16:
+        raise KernelUnavailable("q, k or v does not start at a multiple of 16 bytes")
+    return plan
 
 
-def plan_of(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None) -> Plan:
-    """The plan of a call: kernels, grids and sizes, which its tensors' contents do not change."""
-    return plan_for(_key(q, k, v, call, gate))
+def reason(q: Tensor, k: Tensor, v: Tensor | None, call: Call, gate: Gate | None) -> str | None:
+    """Why these kernels cannot do this call; None if they can. v None: the gate alone."""
+    try:
+        plan_of(q, k, v, call, gate)
+    except KernelUnavailable as error:
+        return str(error)
+    return None
 
 
 class _Run:
     """One call's stream and the parameters that its kernels share."""
 
     def __init__(self, q: Tensor, k: Tensor, call: Call, plan: Plan) -> None:
-        self.q, self.plan, self.sinks = q, plan, call.sinks
+        self.plan, self.sinks = plan, call.sinks
         self.q_at, self.k_at = q.data_ptr(), k.data_ptr()
         self.stream = torch._C._cuda_getCurrentRawStream(plan.device)
         bits_at = bounds_at = start_at = 0
@@ -133,12 +111,11 @@ class _Run:
 
     def decide(self, gate: Gate) -> tuple[Tensor, Tensor, Tensor]:
         """(tile mask, counts, workspace, whose second int is a zeroed counter)."""
-        plan, stream, empty = self.plan, self.stream, self.q.new_empty_strided
-        tiles = empty(*plan.tiles, dtype=torch.int32)
-        counts = empty(*plan.counts, dtype=torch.int64)
-        room = empty((plan.room,), (1,), dtype=torch.uint8)
+        plan, stream = self.plan, self.stream
+        tiles, counts = _empty(*plan.tiles, torch.int32), _empty(*plan.counts, torch.int64)
+        room = _empty((plan.room,), (1,), torch.uint8)
         tiles_at, counts_at, base = tiles.data_ptr(), counts.data_ptr(), room.data_ptr()
-        k8, meta, mean, sums, listed = [base + offset for offset in plan.offsets]
+        k8, meta, mean, sums, listed = map(base.__add__, plan.offsets)
         undecided = (listed, base + 12, base + MARKS, base + plan.raises)
         thresholds = gate.thresholds.contiguous()
         thresholds_at = thresholds.data_ptr()
@@ -191,12 +168,25 @@ class _Run:
         stages.tally.run(stream, *self.shape, tiles_at, counts_at, plan.heads, plan.batch)
         return tiles, counts, room
 
+    def keep_all(self) -> tuple[Tensor, Tensor, int]:
+        """(tile mask, counts, address of a zeroed counter, which lies behind the counts)."""
+        plan, stream = self.plan, self.stream
+        tiles = _empty(*plan.tiles, torch.int32)
+        room = _empty((2 * plan.heads + 1,), (1,), torch.int64)
+        tiles_at, counts_at = tiles.data_ptr(), room.data_ptr()
+        counter = counts_at + 16 * plan.heads
+        zero(tiles_at, plan.tile_bytes, stream)
+        zero(counts_at, counter + 8 - counts_at, stream)
+        pointers = tiles_at, counts_at
+        plan.fill.run(stream, *self.shape, *pointers, plan.heads, plan.batch, overlap=False)
+        return tiles, room.as_strided(*plan.counts), counter
+
     def attend(
         self, v: Tensor, tiles: Tensor | None, counter: int, *, overlap: bool = True
     ) -> tuple[Tensor, Tensor]:
         """(out, lse); `counter`: address of a zeroed int."""
-        plan, empty = self.plan, self.q.new_empty_strided
-        out, lse = empty(*plan.out), empty(*plan.lse, dtype=torch.float32)
+        plan = self.plan
+        out, lse = _empty(*plan.out, plan.dtype), _empty(*plan.lse, torch.float32)
         sinks = None if self.sinks is None else self.sinks.contiguous()
         sinks_at = 0 if sinks is None else sinks.data_ptr()
         stage = plan.attend_all if tiles is None else plan.attend_listed
@@ -222,17 +212,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate | None) ->
     """Attention over the tiles that the gate keeps (all without a gate)."""
     plan = plan_of(q, k, v, call, gate)
     run = _Run(q, k, call, plan)
-    if gate is not None:
+    if gate is None:
+        tiles, counts, counter = run.keep_all()
+        out, lse = run.attend(v, None, counter)
+    else:
         tiles, counts, room = run.decide(gate)
         out, lse = run.attend(v, tiles, room.data_ptr() + 4)
-        return Result(out=out, lse=lse, tile_mask=tiles, counts=counts)
-    tiles = torch.zeros(plan.tiles[0], dtype=torch.int32, device=q.device)
-    zeros = torch.zeros(2 * plan.heads + 1, dtype=torch.int64, device=q.device)
-    counts = zeros[:-1].view(plan.heads, 2)
-    pointers = (tiles.data_ptr(), counts.data_ptr())
-    plan.fill.run(run.stream, *run.shape, *pointers, plan.heads, plan.batch, overlap=False)
-    out, lse = run.attend(v, None, counts.data_ptr() + counts.nbytes)
-    return Result(out=out, lse=lse, tile_mask=tiles, counts=counts)
+    return Result(out, lse, tiles, counts)
 
 
 def tile_mask(q: Tensor, k: Tensor, call: Call, gate: Gate) -> tuple[Tensor, Tensor]:
@@ -243,6 +229,7 @@ def tile_mask(q: Tensor, k: Tensor, call: Call, gate: Gate) -> tuple[Tensor, Ten
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Attention over the tiles of a packed tile mask: (out, lse)."""
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     run = _Run(q, k, call, plan_of(q, k, v, call, None))
+    counter = _empty((1,), (1,), torch.int32)
+    zero(counter.data_ptr(), 4, run.stream)
     return run.attend(v, tiles.contiguous(), counter.data_ptr(), overlap=False)

@@ -102,7 +102,7 @@ class Plan:
         self.mask = built.Mask(
             causal=key.causal, window=key.window >= 0, padded=key.padded, softcap=key.softcap > 0
         )
-        self.bf16 = key.q_dtype == torch.bfloat16
+        self.dtype, self.bf16 = key.q_dtype, key.q_dtype == torch.bfloat16
         self.rows, words = mask_rows(q_len), mask_words(k_len)
         self.kv_total = self.batch * self.kv_heads
         self.k_len, self.row = k_len, built.row_bytes(self.d)
@@ -137,6 +137,7 @@ class Plan:
         self.q_steps, self.k_steps = key.q_strides[:3], key.k_strides[:3]
         self.raises = MARKS + 4 * mask_size  # where the second of the masks lies
         self.zero_words = (mask_size, 4 * self.heads, zeroed)
+        self.tile_bytes = 4 * mask_size
         per_kv = self.heads // self.kv_heads
         self.pairs = (self.rows * per_kv + 1) // 2 * self.kv_total
         self.items = self.batch * self.heads * self.rows
@@ -215,9 +216,3 @@ class Plan:
     def attend_all(self) -> Stage:
         """Attention over every visible tile."""
         return self._attend(listed=False)
-
-
-@functools.lru_cache(maxsize=1024)
-def plan_for(key: Key) -> Plan:
-    """The plan of such a call."""
-    return Plan(key)

@@ -35,16 +35,18 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; wanted one "
                 f"dtype and one device. Convert with {name}.to(q)."
             )
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
+    batch, heads, _, width = q.shape
+    kv_batch, kv_heads, k_len, kv_width = k.shape
+    if batch != kv_batch or v.shape[:3] != (kv_batch, kv_heads, k_len):
         raise InputError(
             f"{_shapes(q, k, v)} do not belong together; wanted one batch size, and k and v alike "
             f"in batch, heads and length."
         )
-    if q.shape[3] != k.shape[3] or q.shape[3] == 0:
+    if width != kv_width or width == 0:
         raise InputError(f"{_shapes(q, k, v)}: q and k must have the same head_dim, at least 1.")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if kv_heads == 0 or heads % kv_heads:
         raise InputError(
-            f"{_shapes(q, k, v)}: {q.shape[1]} query heads over {k.shape[1]} key heads; wanted a "
+            f"{_shapes(q, k, v)}: {heads} query heads over {kv_heads} key heads; wanted a "
             f"multiple. Is the layout [batch, heads, length, head_dim]?"
         )
 

@@ -173,7 +173,7 @@ class Run:
         assert error <= 1.5 * self.low_precision_error(kept, out) + 1e-6 * out.norm()
         assert not result.out.cpu()[~seen].any()
         for again in (self(), self()):
-            for a, b in zip(dataclasses.astuple(again), dataclasses.astuple(result), strict=True):
+            for a, b in zip(again, result, strict=True):
                 assert torch.equal(a, b)
         return float((visible & ~kept).sum() / visible.sum())
 

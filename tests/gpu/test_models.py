@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -64,10 +63,8 @@ class Watched:
     def __init__(self, attention: Callable[..., Result]) -> None:
         self.attention, self.calls, self.dropped = attention, 0, 0
 
-    def __call__(
-        self, family: ModuleType, q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate | None
-    ) -> Result:
-        result = self.attention(family, q, k, v, call, gate)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate | None) -> Result:
+        result = self.attention(q, k, v, call, gate)
         by_rule = chunked.attention(q, k, v, call, gate=gate)
         differ = (result.counts[:, 0] - by_rule.counts[:, 0]).abs().sum()
         assert differ <= 0.01 * by_rule.counts[:, 1].sum() + 1

@@ -137,7 +137,7 @@ def check(case: Case, *, device_start: bool = False) -> tuple[int, int]:
     on_card = case.tensors("cuda")
     gate, g = case.gate(), case.geometry
     call = case.call(device_start=device_start)
-    on_gate = gate and dataclasses.replace(gate, thresholds=gate.thresholds.cuda())
+    on_gate = gate and gate._replace(thresholds=gate.thresholds.cuda())
     assert sm80.reason(*on_card, call, on_gate) is None
     result = sm80.attention(*on_card, call, on_gate)
 

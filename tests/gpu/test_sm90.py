@@ -88,7 +88,7 @@ def test_graph_replays_with_other_thresholds() -> None:
         run.gate.thresholds.fill_(threshold)
         graph.replay()
         torch.cuda.synchronize()
-        for a, b in zip(dataclasses.astuple(captured), dataclasses.astuple(run()), strict=True):
+        for a, b in zip(captured, run(), strict=True):
             assert torch.equal(a, b)
 
 

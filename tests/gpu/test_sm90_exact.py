@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bsfa_compile.ops import gate as gating
-from bsfa_compile.ops import sm90_plan
+from bsfa_compile.ops import sm90, sm90_plan
 from bsfa_compile.ops.tiles import unpack
 from tests.gpu.sm90_cases import CLOSE, FP16, INF, NAN, RELATIVE, Case, Run
 
@@ -114,7 +114,7 @@ def test_graph_replays_with_other_thresholds(case: Case) -> None:
         run.gate.thresholds.fill_((case.threshold or 0.0) + shift)
         graph.replay()
         torch.cuda.synchronize()
-        for a, b in zip(dataclasses.astuple(captured), dataclasses.astuple(run()), strict=True):
+        for a, b in zip(captured, run(), strict=True):
             assert torch.equal(a, b)
 
 
@@ -144,10 +144,10 @@ def test_tiles_with_much_undecided(d: int) -> None:
 def test_no_room_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = Run(RULES[1])()
     monkeypatch.setattr(sm90_plan, "_MOST_LISTED", 5)
-    sm90_plan.plan_for.cache_clear()
+    sm90.plan_for.cache_clear()
     assert Run(RULES[1]).check() > 0
     assert torch.equal(Run(RULES[1])().tile_mask, wanted.tile_mask)
-    sm90_plan.plan_for.cache_clear()
+    sm90.plan_for.cache_clear()
 
 
 @pytest.mark.parametrize("where", ["q", "k", "both"])

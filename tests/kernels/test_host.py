@@ -36,6 +36,7 @@ class Listener:
         self.launched: list[Launched] = []
         self.encoded: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
         self.read: list[bytes] = []
+        self.cleared: list[tuple[int, int]] = []
         self.pause = 0.0
         self.status = 0
 
@@ -43,16 +44,21 @@ class Listener:
         self.kernels.append(variant.entry)
         return driver.Kernel(handle=len(self.kernels) - 1, library=None)
 
-    def cuLaunchKernelEx(self, config: Any, kernel: int, parameters: Any, extra: None) -> int:
+    def cuLaunchKernelEx(self, config: Any, kernel: Any, parameters: Any, extra: None) -> int:
         time.sleep(self.pause)
         self.read.append(ctypes.string_at(parameters[0], 8))
         launched = Launched(
-            kernel=self.kernels[kernel],
+            kernel=self.kernels[kernel.value or 0],
             stream=config._obj.stream or 0,
             overlap=bool(config._obj.count),
             parameters=tuple(parameters),
         )
         self.launched.append(launched)
+        return self.status
+
+    def cuMemsetD8Async(self, at: int, value: int, size: int, stream: int) -> int:
+        assert (value, stream) == (0, 7)
+        self.cleared.append((at, size))
         return self.status
 
     def cuGetErrorName(self, status: int, name: Any) -> int:
@@ -74,10 +80,11 @@ def listener(monkeypatch: pytest.MonkeyPatch) -> Listener:
     monkeypatch.setattr(driver, "driver", lambda: found)
     monkeypatch.setattr(tensor_map, "driver", lambda: found)
     monkeypatch.setattr(sm90_plan, "load", found.load)
+    monkeypatch.setattr(sm90, "_empty", sm90._guards._empty_strided_cpu)
     processors = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processors)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
-    for cache in (sm90._refusal, sm90_plan.plan_for, tensor_map.encode):
+    for cache in (sm90.plan_for, tensor_map.encode):
         cache.cache_clear()
     return found
 
@@ -165,9 +172,28 @@ def test_calls_share_plans_but_no_results(listener: Listener) -> None:
     assert pointers[:3] == (two.tile_mask.data_ptr(), two.out.data_ptr(), two.lse.data_ptr())
 
 
-def test_results_are_laid_out_as_the_fakes_say(listener: Listener) -> None:
+def test_dense_clears_what_it_adds_to(listener: Listener) -> None:
     q, k, v = tensors()
-    result = sm90.attention(q, k, v, call_on(q, k), GATE)
+    result = sm90.attention(q, k, v, call_on(q, k), None)
+    assert [x.kernel for x in listener.launched] == ["tally", "attend"]
+    assert [x.overlap for x in listener.launched] == [False, True]
+    tiles, counts = result.tile_mask, result.counts
+    assert listener.cleared == [
+        (tiles.data_ptr(), tiles.nbytes),
+        (counts.data_ptr(), counts.nbytes + 8),
+    ]
+    pointers = struct.unpack_from(
+        "<5Q", ctypes.string_at(listener.launched[-1].parameters[3], 104), 64
+    )
+    written = result.out.data_ptr(), result.lse.data_ptr()
+    assert pointers == (0, *written, 0, counts.data_ptr() + counts.nbytes)
+    assert counts.untyped_storage().nbytes() == counts.nbytes + 8
+
+
+@pytest.mark.parametrize("gate", [GATE, None])
+def test_results_are_laid_out_as_the_fakes_say(listener: Listener, gate: Gate | None) -> None:
+    q, k, v = tensors()
+    result = sm90.attention(q, k, v, call_on(q, k), gate)
     assert result.out.stride() == (200 * 4 * 64, 64, 4 * 64, 1)
     assert result.out.shape == q.shape
     for x in (result.lse, result.tile_mask, result.counts):
@@ -239,4 +265,4 @@ def test_a_kernel_that_cannot_be_had_is_asked_for_once(
     for _ in range(3):
         assert sm90.reason(q, k, v, call_on(q, k), GATE) == "no NVRTC"
     assert len(asked) == 1
-    sm90._refusal.cache_clear()  # others have their kernels
+    sm90.plan_for.cache_clear()  # others have their kernels

@@ -167,6 +167,24 @@ def test_thresholds_and_counts_take_no_gradient() -> None:
     assert values[0].grad.any()
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_what_asks_for_a_gradient(mode: Any) -> None:
+    """q, k, v or sinks, alone or together, if gradients are on; thresholds never."""
+    values, _ = arguments(SMALL["causal"], torch.float32, grad=False)
+    values = (*values, torch.zeros(values[0].shape[1]))
+    plain = library.attention(*values)
+    for i in (0, 1, 2, 3, len(values) - 1):
+        given_values = list(values)
+        given_values[i] = values[i].clone().requires_grad_()
+        with mode():
+            found = library.attention(*given_values)
+        wanted = i != 3 and mode is torch.enable_grad
+        assert [x.requires_grad for x in found] == [wanted, wanted, False, False]
+        for a, b in zip(found, plain, strict=True):
+            assert torch.equal(a, b)
+    assert plain[3][:, 0].sum() > 0
+
+
 def test_gradients_of_gradients_are_refused() -> None:
     values, _ = arguments(SMALL["causal"], torch.float32, grad=True)
     out = library.attention(*values)[0]

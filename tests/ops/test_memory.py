@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,7 +91,7 @@ def test_gradients_take_memory_that_grows_with_the_length() -> None:
     largest = {}
     for tokens in (1024, 2048):
         q, k, call, gate = make(tokens, padded=False)
-        gate = replace(gate, thresholds=torch.full((HEADS,), 2.0))
+        gate = gate._replace(thresholds=torch.full((HEADS,), 2.0))
         result = cpu.attention(q, k, k, call, gate)
         assert int(result.counts[:, 0].sum()) > 0
         with Largest() as seen:
