@@ -80,7 +80,7 @@ def listener(monkeypatch: pytest.MonkeyPatch) -> Listener:
     monkeypatch.setattr(driver, "driver", lambda: found)
     monkeypatch.setattr(tensor_map, "driver", lambda: found)
     monkeypatch.setattr(sm90_plan, "load", found.load)
-    monkeypatch.setattr(sm90, "_empty", sm90._guards._empty_strided_cpu)
+    monkeypatch.setattr(sm90, "_empty", lambda *x: torch.empty_strided(*x[:2], dtype=x[2]))
     processors = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processors)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
