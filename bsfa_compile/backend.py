@@ -82,11 +82,8 @@ class Rewriter:
         for site in find(gm, of_inputs(gm, example_inputs)):
             mark = mark_of(marks, site)
             name = name_of(site, state.names, mark is not None)
-            reason = site.reason
-            if reason is None and name not in state.thresholds.values:
-                reason = UNSEEN if site.module == "" else state.uncalibrated(name)
-            elif reason is None and mark is None:
-                reason = UNSEEN
+            lost = mark is None and (site.module == "" or name in state.thresholds.values)
+            reason = site.reason or (UNSEEN if lost else state.unfit(name, site.heads))
             found.append((name, reason))
             if reason is None and mark is not None:
                 thresholds, counters = mark.all_input_nodes

@@ -129,10 +129,15 @@ class State:
                 stacklevel=3,
             )
 
-    def uncalibrated(self, name: str) -> str:
-        """Why a site has no thresholds."""
-        known = {} if self.calibration is None else self.calibration.dense
-        return known.get(name, UNCALIBRATED)
+    def unfit(self, name: str, heads: object) -> str | None:
+        """Why there are no thresholds for a site with so many query heads; None if there are."""
+        values = self.thresholds.values.get(name)
+        if values is None:
+            known = {} if self.calibration is None else self.calibration.dense
+            return known.get(name, UNCALIBRATED)
+        if len(values) != heads:
+            return f"its thresholds are for {len(values)} heads, and here it has {heads}"
+        return None
 
     def warn_eager(self, what: str) -> None:
         """Say once that attention runs dense because its module runs outside a compiled graph."""

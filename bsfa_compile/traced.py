@@ -155,7 +155,7 @@ def _rewrite(
     for site in find(gm, claims):
         name = name_of(site)
         values = state.thresholds.values.get(name)
-        reason = site.reason or (state.uncalibrated(name) if values is None else None)
+        reason = site.reason or state.unfit(name, site.heads)
         if reason is None and site.node.graph is not gm.graph:
             reason = _NESTED
         found.append((name, reason))

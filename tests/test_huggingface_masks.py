@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,6 +108,19 @@ def test_writing_into_a_lazy_mask_ends_its_structure() -> None:
     mask.logical_not_()
     assert mask.structure is None
     assert mask.dense()[1, 0, 0].all()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_writing_into_a_view_of_a_lazy_mask_ends_its_structure(inference: bool) -> None:
+    model = zoo.build("llama")
+    model.set_attn_implementation("bsfa")
+    with torch.inference_mode(inference):
+        mask = create_causal_mask(model.config, torch.zeros(2, 8, 4), _left(8), None)
+        assert isinstance(mask, LazyMask) and not mask[..., 4:].all()
+        assert mask.structure is not None  # it was only looked at
+        mask[..., :5] = False
+    assert mask.structure is None
+    assert not mask.dense()[..., :5].any()
 
 
 def test_a_lazy_mask_moves_to_another_device_unmade() -> None:

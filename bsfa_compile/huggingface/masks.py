@@ -124,10 +124,10 @@ class Structure:
 class LazyMask(Tensor):
     """A mask bool [B, 1, Lq, Lk] that is made only if something else than the operator looks.
 
-    Any operation on it makes it; one that writes into it ends its structure.
+    Any operation on it makes it; one that writes into it, or into a view of it, ends its structure.
     """
 
-    structure: Structure | None
+    _structure: Structure | None
     _made: Tensor | None
     _arguments: Mapping[str, Any]
 
@@ -136,17 +136,27 @@ class LazyMask(Tensor):
         cls, structure: Structure, shape: Sequence[int], device: Any, arguments: Mapping[str, Any]
     ) -> LazyMask:
         """arguments: of sdpa_mask, which makes the mask, wherever it is needed then."""
-        mask: LazyMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        mask.structure, mask._arguments, mask._made = structure, arguments, None
+        with torch.inference_mode(False):  # which would count no writes
+            mask: LazyMask = Tensor._make_wrapper_subclass(
+                cls, shape, dtype=torch.bool, device=device
+            )
+        mask._structure, mask._arguments, mask._made = structure, arguments, None
         return mask
+
+    @property
+    def structure(self) -> Structure | None:
+        """What it shows; None if it was written to."""
+        return None if self._version else self._structure
 
     def dense(self) -> Tensor:
         """The mask as a plain tensor."""
         if self._made is None:
             arguments = {**self._arguments, "allow_is_causal_skip": False}
-            made = sdpa_mask(**{**arguments, "allow_is_bidirectional_skip": False})
-            assert made is not None, "nothing is skipped"
-            self._made = made.to(self.device)
+            with torch.inference_mode(False):
+                made = sdpa_mask(**{**arguments, "allow_is_bidirectional_skip": False})
+                assert made is not None, "nothing is skipped"
+                made = made.to(self.device)
+                self._made = made.clone() if made.is_inference() else made
         return self._made
 
     def _moved(self, device: torch.device) -> LazyMask:
@@ -164,8 +174,8 @@ class LazyMask(Tensor):
         def plain(value: object) -> object:
             if not isinstance(value, LazyMask):
                 return value
-            if func._schema.is_mutable:
-                value.structure = None
+            if func._schema.is_mutable:  # in inference mode not every such call is counted
+                value._structure = None
             return value.dense()
 
         given = kwargs or {}

@@ -92,6 +92,7 @@ def _heads(q: fx.Node, seen: list[Any]) -> int:
         fake, before = tensor(source), tensor(source.args[0])
         if not seen and fake is not None and before is not None:
             last = before.dim() == 4 and fake.dim() == 3 and op_name(source) in SHAPES
+            last = last and not _heads_first(source.args[0])
             if last and all(same(before.shape[i], fake.shape[i]) for i in (-1, -2)):
                 seen.append(before.shape[1])
         inputs = source.all_input_nodes
@@ -101,6 +102,17 @@ def _heads(q: fx.Node, seen: list[Any]) -> int:
     if len({str(h) for h in seen}) > 1 or not all(type(h) is int for h in seen):
         raise Refused("with heads that are not told apart")
     return int(seen[0]) if seen else 1
+
+
+def _heads_first(node: object) -> bool:
+    """Whether a node is [H, B, L, D]: of the first two axes, the first was behind the second."""
+    while isinstance(node, fx.Node) and op_name(node) in (*CASTS, "clone"):
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or op_name(node) != "permute":
+        return False
+    given: Any = node.args[1:]
+    order = given[0] if isinstance(given[0], (list, tuple)) else given
+    return bool(order[0] > order[1])
 
 
 def _split(node: fx.Node, heads: int, at: fx.Node) -> fx.Node:

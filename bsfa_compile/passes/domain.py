@@ -14,6 +14,7 @@ import sympy
 from torch import fx
 
 KEY, QUERY, BATCH = -1, -2, -4
+EITHER = "the attention mask joins two masks by 'or'"
 
 Scalar: TypeAlias = Any  # bool, int, float, or a sympy expression in integer symbols
 
@@ -169,6 +170,8 @@ def cast(value: Value, kind: str) -> Value:
             return replace(value, boolean=value.boolean or kind == "bool")
         value = as_select(value)
     if isinstance(value, Num):
+        if kind == "bool" and not known(value.value):
+            return Opaque("an attention mask depends on a number that only the run knows")
         return Num(_convert(value.value, kind))
     if isinstance(value, Select):
         return replace(value, on=_convert(value.on, kind), off=_convert(value.off, kind))
@@ -212,32 +215,42 @@ def complement(atoms: frozenset[Atom]) -> frozenset[Atom] | None:
 
 
 def compare(name: str, a: Value, b: Value) -> Value:
-    """a < b, a <= b, a > b or a >= b on integers: "lt", "le", "gt", "ge"."""
+    """a < b, a <= b, a > b or a >= b: "lt", "le", "gt", "ge"; positions are integers."""
     if name in ("gt", "ge"):
         name, a, b = {"gt": "lt", "ge": "le"}[name], b, a
     strict = 1 if name == "lt" else 0
     if isinstance(a, Num) and isinstance(b, Num):
-        answer = number(a.value + strict <= b.value) if known(a.value) and known(b.value) else None
-        if answer is None:
-            answer = number(sympy.Le(a.value + strict, b.value))
+        if known(a.value) and known(b.value):
+            return Num(bool(a.value < b.value if strict else a.value <= b.value))
+        answer = number(sympy.Le(a.value + strict, b.value))
         return Num(answer) if isinstance(answer, bool) else Opaque("a mask depends on lengths")
     if isinstance(a, Index) and isinstance(b, Index) and {a.axis, b.axis} == {KEY, QUERY}:
         # a + strict <= b, with a or b the key
         limit = b.offset - a.offset - strict
         return _bounds(Bound(True, limit) if a.axis == KEY else Bound(False, -limit))
     if isinstance(a, Distance) and isinstance(b, Num):
-        limit = sympy.sympify(b.value) - strict
+        limit = _most(b.value, strict)
         if not a.absolute:
             limit -= a.offset
             return _bounds(Bound(True, limit) if a.sign > 0 else Bound(False, -limit))
         # |key - query + c| <= limit
         return _bounds(Bound(True, limit - a.offset), Bound(False, -limit - a.offset))
-    if isinstance(a, Num) and isinstance(b, Distance) and not b.absolute:
+    if isinstance(a, Num) and isinstance(b, Distance):
+        if b.absolute:  # not the other way round
+            inside = compare("le" if strict else "lt", b, a)
+            return replace(inside, on=False, off=True) if isinstance(inside, Select) else inside
         flipped = replace(b, sign=-b.sign, offset=-b.offset)
-        return compare(name, flipped, Num(-sympy.sympify(a.value)))
+        return compare(name, flipped, Num(-a.value))
     if isinstance(a, Num) and isinstance(b, Index) and at_most(a.value + strict, b.offset):
         return Num(True)
     return Opaque("a mask compares values other than the positions of key and query")
+
+
+def _most(limit: Scalar, strict: int) -> sympy.Expr:
+    """The largest integer that is at most `limit`, or less than it if `strict`."""
+    if isinstance(limit, float) and math.isfinite(limit):
+        return sympy.Integer(math.ceil(limit) - 1 if strict else math.floor(limit))
+    return sympy.sympify(limit) - strict
 
 
 def _bounds(*atoms: Bound) -> Select:

@@ -115,6 +115,7 @@ def _attend(
     k_proj_weight: Any,
     v_proj_weight: Any,
     is_causal: bool,
+    need_weights: bool,
     **_: Any,
 ) -> Any:
     """What multi_head_attention_forward computes of query, key, value [L, B, E], less weights."""
@@ -129,7 +130,7 @@ def _attend(
         biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
         wide = [F.linear(x, weights[i], biases[i]) for i, x in enumerate(inputs)]
     heads = [x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in wide]
-    causal = is_causal and key_padding_mask is None
+    causal = is_causal and key_padding_mask is None and not need_weights  # else it is a hint
     mask = None if causal else _mask(attn_mask, key_padding_mask, num_heads)
     p = dropout_p if training else 0.0
     q, k, v = heads

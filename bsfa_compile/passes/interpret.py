@@ -143,6 +143,8 @@ class Interpreter:
         floating = fake.is_floating_point()
         boolean = fake.dtype == torch.bool
         result = domain.cast(result, "bool" if boolean else "float" if floating else "int")
+        if isinstance(result, Select) and result.on == result.off:
+            return Num(result.on)
         if isinstance(result, Index | Distance) and fake.dtype not in _WIDE:
             return Opaque(f"the attention mask counts positions in {fake.dtype}")
         if isinstance(result, Index) and is_one(fake.shape[result.axis]):

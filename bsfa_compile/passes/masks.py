@@ -17,6 +17,7 @@ from bsfa_compile.ops.held import Claim
 from bsfa_compile.passes import rules_index, rules_logic
 from bsfa_compile.passes.domain import (
     BATCH,
+    EITHER,
     KEY,
     Atom,
     Bound,
@@ -171,7 +172,7 @@ def _meaning(found: Select, run: Interpreter, beyond: sympy.Expr) -> Meaning | s
     if shown is False:
         atoms, shown, hidden = complement(found.atoms), hidden, shown
     if atoms is None:
-        return "the attention mask hides where several conditions meet"
+        return EITHER
     additive = not isinstance(shown, bool)
     if additive and (shown != 0 or not known(hidden) or not hidden <= HIDDEN):
         return "the attention mask is a bias, not only hidden or shown"

@@ -35,12 +35,10 @@ class Product:
 
 def product(node: fx.Node) -> Product | None:
     """What a node multiplies; None if it is not two factors of batched matrices."""
-    name, given = plain_name(node), list(node.args)
-    if name == "baddbmm":
-        given += [node.kwargs[key] for key in ("batch1", "batch2") if key in node.kwargs]
-    if len(given) < 2:
+    name = plain_name(node)
+    if len(node.args) < 2:
         return None
-    first, *rest = given
+    first, *rest = node.args
     bias, factor = None, 1.0
     if name == "einsum":
         factors = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest

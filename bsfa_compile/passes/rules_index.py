@@ -29,9 +29,9 @@ _GIVEN = "the attention mask depends on the positions given"
 
 @rule("arange")
 def _arange(run: Interpreter, node: fx.Node) -> Value:
-    bounds = node.args if len(node.args) > 1 else (0, *node.args)
-    start, step = run.run(bounds[0]), argument(node, 2, "step", 1)
-    if not isinstance(start, Num) or step != 1 or len(bounds) < 2:
+    ends = len(node.args) == 1 and "end" not in node.kwargs  # arange(end)
+    start = Num(0) if ends else run.run(argument(node, 0, "start", 0))
+    if not isinstance(start, Num) or argument(node, 2, "step", 1) != 1:
         return Opaque("the attention mask uses an arange with a step")
     return Index(-1, sympy.sympify(start.value))
 
@@ -48,7 +48,7 @@ def _zeros(run: Interpreter, node: fx.Node) -> Value:
 
 @rule("tensor", "as_tensor")
 def _tensor(run: Interpreter, node: fx.Node) -> Value:
-    return run.run(node.args[0])
+    return run.run(argument(node, 0, "data"))
 
 
 @rule("full", "full_like", "new_full", "scalar_tensor", "fill")

@@ -11,6 +11,7 @@ from torch import fx
 
 from bsfa_compile.passes import domain
 from bsfa_compile.passes.domain import (
+    EITHER,
     KEY,
     QUERY,
     Bound,
@@ -164,39 +165,45 @@ def _compare(run: Interpreter, node: fx.Node) -> Value:
 
 @rule("and", "bitwise_and", "logical_and")
 def _and(run: Interpreter, node: fx.Node) -> Value:
-    return _join(run, node, absorbing=False)
+    return _both(*_conditions(run, node))
 
 
 @rule("or", "bitwise_or", "logical_or")
 def _or(run: Interpreter, node: fx.Node) -> Value:
-    return _join(run, node, absorbing=True)
-
-
-def _join(run: Interpreter, node: fx.Node, *, absorbing: bool) -> Value:
-    """and, or: the absorbing value is the one that wins (False for and, True for or)."""
-    a, b = (domain.upright(as_select(run.run(x))) for x in node.args[:2])
-    fake = tensor(node)
-    if fake is None or fake.dtype != torch.bool:
-        return Opaque("the attention mask joins integers bit by bit")
-    if isinstance(a, Num):
-        a, b = b, a
-    if isinstance(b, Num):
-        return Num(absorbing) if b.value is absorbing else a
-    if isinstance(a, Select) and isinstance(b, Select):
-        hidden = (a.off, b.off) == (absorbing, absorbing)
-        if hidden and (a.on, b.on) == (not absorbing, not absorbing):
-            return Select(a.atoms | b.atoms, not absorbing, absorbing)
-    return first_opaque(a, b, "the attention mask joins two masks by 'or'")
+    return _not(_both(*map(_not, _conditions(run, node))))
 
 
 @rule("invert", "not", "logical_not", "bitwise_not")
 def _invert(run: Interpreter, node: fx.Node) -> Value:
-    a = as_select(run.run(node.args[0]))
-    if isinstance(a, Num) and isinstance(a.value, bool):
+    (a,) = _conditions(run, node)
+    return _not(a)
+
+
+def _conditions(run: Interpreter, node: fx.Node) -> list[Value]:
+    """The operands as bools."""
+    fake, found = tensor(node), [run.run(x) for x in node.args]
+    if fake is None or fake.dtype != torch.bool:
+        return [Opaque("the attention mask joins integers bit by bit")] * len(found)
+    return [as_select(domain.cast(value, "bool")) for value in found]
+
+
+def _both(a: Value, b: Value) -> Value:
+    a, b = domain.upright(a), domain.upright(b)
+    if isinstance(a, Num):
+        a, b = b, a
+    if isinstance(b, Num):
+        return a if b.value else b
+    if isinstance(a, Select) and isinstance(b, Select) and a.on is b.on is True:
+        return Select(a.atoms | b.atoms, True, False)
+    return first_opaque(a, b, EITHER)
+
+
+def _not(a: Value) -> Value:
+    if isinstance(a, Num):
         return Num(not a.value)
-    if isinstance(a, Select) and isinstance(a.on, bool) and isinstance(a.off, bool):
+    if isinstance(a, Select):
         return Select(a.atoms, not a.on, not a.off)
-    return first_opaque(a, a, "the attention mask is inverted bit by bit")
+    return first_opaque(a, a, "the attention mask inverts data")
 
 
 @rule("where")

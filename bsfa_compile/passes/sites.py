@@ -19,6 +19,7 @@ from bsfa_compile.passes.fused import HIDDEN, open_fused
 from bsfa_compile.passes.heads import unrepeated
 from bsfa_compile.passes.masks import Mask, Meaning, recognise
 from bsfa_compile.passes.nodes import op_name, rebind, tensor, transformed
+from bsfa_compile.passes.operands import by_position
 from bsfa_compile.passes.written import ANCHORS, attends, match
 
 SDPA = frozenset(
@@ -64,6 +65,12 @@ class Site:
     masks: tuple[Mask, ...] = ()
     reason: str | None = None
 
+    @property
+    def heads(self) -> object:
+        """The number of query heads, None if it is not known."""
+        fake = tensor(self.q)
+        return None if fake is None else fake.shape[1]
+
 
 def graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
     """The graph module and those that its higher-order operators call, each once."""
@@ -107,6 +114,7 @@ def find(gm: fx.GraphModule, claims: Mapping[fx.Node, Claim] | None = None) -> l
     found, calls = [], Counter[tuple[str, str]]()
     mark(claims or {})
     for part in graphs(gm):
+        by_position(part.graph)
         rebind(part.graph)
         inside = transformed(part.graph)
         open_fused(part.graph, inside)

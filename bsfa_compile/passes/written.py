@@ -13,7 +13,7 @@ from torch import fx
 from bsfa_compile.passes import columns, products
 from bsfa_compile.passes.arrange import CASTS, SHAPES, Refused, Written, arrange
 from bsfa_compile.passes.domain import Num, known, number
-from bsfa_compile.passes.interpret import Interpreter, argument
+from bsfa_compile.passes.interpret import Interpreter
 from bsfa_compile.passes.masks import Fill, Scaled
 from bsfa_compile.passes.nodes import (
     mutated,
@@ -164,7 +164,7 @@ class _Walk:
         while isinstance(node, fx.Node) and plain_name(node) not in products.NAMES:
             name, a = plain_name(node), node.args[0] if node.args else None
             b = node.args[1] if len(node.args) > 1 else None
-            plain = name in (*CASTS, "cat", "masked_fill") or not node.kwargs
+            plain = name in (*CASTS, "cat") or not node.kwargs
             if (mutated(node) and not settled(node)) or not plain:
                 raise Refused(f"with {op_name(node)!r}")
             times = _number(b)
@@ -178,11 +178,15 @@ class _Walk:
                 node = b
             elif name == "tanh" and found.softcap is None:
                 found.softcap, factor, node = factor, 1.0, a
-            elif name == "sub" and factor == 1.0 and columns.is_row_maximum(b, a):
+            elif (
+                name == "sub"
+                and (factor, found.softcap, sink) == (1.0, None, None)  # the softmax is next
+                and columns.is_row_maximum(b, a)
+            ):
                 node = a
             elif name in ("mul", "div", "truediv"):
                 raise Refused("and scales its scores by a tensor")
-            elif found.softcap is not None:
+            elif found.softcap is not None and name in ("add", "cat", "masked_fill", "where"):
                 raise Refused("and caps its mask")
             elif name == "cat" and factor == 1.0 and self.dropped_column and sink is None:
                 parts = columns.two_parts(node)
@@ -193,12 +197,9 @@ class _Walk:
                 node, mask = (a, b) if _has_product_above(a, 8) else (b, a)
                 self._mask(mask, factor)
             elif name == "masked_fill":
-                condition, filling = (
-                    argument(node, i, key) for i, key in ((1, "mask"), (2, "value"))
-                )
-                if not isinstance(condition, fx.Node):
+                if not isinstance(b, fx.Node) or len(node.args) < 3:
                     raise Refused("with a mask that is a constant")
-                self._mask(Fill(condition=condition, value=filling), factor)
+                self._mask(Fill(condition=b, value=node.args[2]), factor)
                 node = a
             elif name == "where" and isinstance(a, fx.Node) and len(node.args) > 2:
                 node = self._where(a, b, node.args[2], factor)

@@ -265,6 +265,13 @@ def widths_before_lengths(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # of diff
     return out.transpose(2, 3)
 
 
+@spelling(**CAUSAL)
+def operands_by_name(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(input=q, other=k.transpose(dim0=-1, dim1=-2))
+    scores = torch.div(scores, other=ROOT).where(shown(q, k), -math.inf)
+    return torch.matmul(input=F.softmax(input=scores, dim=-1), other=v)
+
+
 SINK = torch.tensor([0.5, 2.0], dtype=torch.float64)
 
 

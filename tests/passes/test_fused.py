@@ -136,6 +136,33 @@ def test_fused_attention_is_opened(name: str) -> None:
         assert same != any(rates.values())
 
 
+def test_a_hint_that_torch_does_not_follow() -> None:
+    """With weights asked for, `is_causal` stands for no mask: this one has a window."""
+
+    class Windowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = attention().double().eval()
+            for parameter in self.inner.parameters():
+                nn.init.normal_(parameter)
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = torch.arange(x.shape[1])
+            distance = places[None, :] - places[:, None]
+            hidden = (distance > 0) | (distance < -60)
+            out: Tensor = self.inner(x, x, x, attn_mask=hidden, is_causal=True)[0]
+            return out
+
+    model, x = Windowed(), toy.sample(LENGTH, batch=2)
+    with torch.no_grad():
+        dense = model(x)
+        for value, same in ((-torch.inf, True), (-0.05, False)):
+            values = {"inner": torch.full((toy.HEADS, 1), value)}
+            bsfa.apply(model, Thresholds(values=values, **toy.BLOCKS), **toy.EAGER)
+            assert torch.allclose(model(x), dense) == same
+            assert (toy.skipped(model)["inner"] == 0) == same
+
+
 def test_in_training_without_dropout_gradients_flow() -> None:
     model, x = Model(layer(dropout=0.0)), toy.sample(LENGTH)
     names = ["inner.self_attn"]

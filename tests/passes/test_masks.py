@@ -154,6 +154,45 @@ def padding_overwritten_later(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     return shown
 
 
+def operands_by_name(q: Tensor, k: Tensor) -> Tensor:
+    future = torch.triu(input=torch.ones(k.shape[2], q.shape[2]), diagonal=0)
+    future = torch.eq(future.transpose(dim0=0, dim1=1), other=0)
+    return torch.zeros(q.shape[2], k.shape[2]).masked_fill(mask=future, value=-INF)
+
+
+def positions_by_name(q: Tensor, k: Tensor) -> Tensor:
+    rows = torch.arange(4, end=q.shape[2] + 4)
+    return torch.arange(start=0, end=k.shape[2])[None, :] <= rows[:, None]
+
+
+def where_as_a_method(q: Tensor, k: Tensor) -> Tensor:
+    nothing = torch.zeros(q.shape[2], k.shape[2], dtype=torch.bool)
+    return nothing.where(torch.ones_like(nothing).triu(1), True)  # it keeps what it is called on
+
+
+def padding_over_a_half(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    hidden = ~(mask.float() > 0.5)[:, None, None, :]
+    return torch.zeros(()).masked_fill(hidden, -INF)
+
+
+def window_of_a_half(q: Tensor, k: Tensor) -> Tensor:
+    distance = indices(k.shape[2])[None, :] - indices(q.shape[2])[:, None]
+    return distance.abs() < 7 / 2
+
+
+def far_keys_hidden(q: Tensor, k: Tensor) -> Tensor:
+    distance = indices(k.shape[2])[None, :] - indices(q.shape[2])[:, None]
+    return ~(distance.abs() >= 4)
+
+
+def future_or_padding_hidden(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    return ~(~by_tril(q, k) | (mask == 0)[:, None, None, :])
+
+
+def never_hidden(q: Tensor, k: Tensor) -> Tensor:
+    return torch.zeros(q.shape[2], k.shape[2]).masked_fill(by_tril(q, k).int() == 2, -INF)
+
+
 def all_shown(q: Tensor, k: Tensor) -> Tensor:
     return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
 
@@ -193,6 +232,14 @@ UNDERSTOOD = [
     (start_in_a_tensor, (torch.tensor(4),), 6, CAUSAL),
     (start_overwritten_later, (torch.tensor(4),), 6, CAUSAL),
     (padding_overwritten_later, (sample_padding(),), LQ, {**CAUSAL, "padding": True}),
+    (operands_by_name, (), LQ, CAUSAL),
+    (positions_by_name, (), 6, CAUSAL),
+    (where_as_a_method, (), LQ, CAUSAL),
+    (padding_over_a_half, (sample_padding(),), LQ, PADDED),
+    (window_of_a_half, (), LQ, {"is_causal": False, "window": 4, "padding": False}),
+    (far_keys_hidden, (), LQ, {"is_causal": False, "window": 4, "padding": False}),
+    (future_or_padding_hidden, (sample_padding(),), LQ, {**CAUSAL, "padding": True}),
+    (never_hidden, (), LQ, {"is_causal": False, "window": None, "padding": False}),
     (all_shown, (), LQ, {"is_causal": False, "window": None, "padding": False}),
     (no_bias, (), LQ, {"is_causal": False, "window": None, "padding": False}),
 ]

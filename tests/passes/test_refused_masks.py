@@ -144,6 +144,10 @@ def transposed_padding(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     return mask.bool()[:, None, None, :].transpose(2, 3).expand(-1, -1, -1, k.shape[2])
 
 
+def chosen_by_a_number(q: Tensor, k: Tensor, chosen: Tensor) -> Tensor:
+    return by_tril(q, k) | chosen.bool()
+
+
 def _segments() -> Tensor:
     return torch.tensor([[0] * 4 + [1] * 6, [0] * 7 + [1] * 3])
 
@@ -182,6 +186,7 @@ REFUSED = [
     (positions_in_bfloat16, (), "bfloat16"),
     (positions_given, (indices(LQ).expand(B, -1).contiguous(),), ""),
     (per_head, (), ""),
+    (chosen_by_a_number, (torch.tensor(1),), "a number that only the run knows"),
 ]
 
 

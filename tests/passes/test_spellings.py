@@ -15,7 +15,7 @@ import bsfa_compile as bsfa
 from bsfa_compile.calibrate import Thresholds
 from bsfa_compile.passes.sites import Site, find
 from tests import toy
-from tests.passes.spellings import HEADS, LENGTH, SPELLINGS, Attend, Attention
+from tests.passes.spellings import HEADS, LENGTH, SINK, SPELLINGS, Attend, Attention
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +134,18 @@ def rid_of_nan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(dim=-1).nan_to_num() @ v
 
 
+def less_maximum_then_capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return torch.tanh(scores - scores.amax(dim=-1, keepdim=True)).softmax(dim=-1) @ v
+
+
+def less_maximum_before_the_sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores = scores - scores.amax(dim=-1, keepdim=True)
+    both = torch.cat([scores, SINK.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    return both.softmax(dim=-1)[..., :-1] @ v
+
+
 REFUSED = [
     (other_axis, "another axis"),
     (dropping, "dropout"),
@@ -147,6 +159,8 @@ REFUSED = [
     (softmax_by_hand, "'exp'"),
     (of_logarithms, "'log_softmax'"),
     (rid_of_nan, "'nan_to_num'"),
+    (less_maximum_then_capped, "'sub'"),
+    (less_maximum_before_the_sink, "'sub'"),
 ]
 
 

@@ -185,3 +185,51 @@ class Router(nn.Module):
 
 def test_a_router_is_no_attention() -> None:
     assert find(graph_of(Router(), toy.sample(LENGTH))) == []
+
+
+class HeadsFirst(nn.Module):
+    """Attention over [heads * batch, length, head_dim]; mask: with scores of four axes."""
+
+    def __init__(self, *, mask: bool) -> None:
+        super().__init__()
+        self.qkv, self.mask = nn.Linear(toy.WIDTH, 3 * toy.WIDTH), mask
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = toy.HEADS, x.shape[0], x.shape[1]
+        q, k, v = (
+            y.unflatten(-1, (toy.HEADS, -1)).permute(2, 0, 1, 3).flatten(0, 1)
+            for y in self.qkv(x).chunk(3, dim=-1)
+        )
+        scores = torch.bmm(3 * q, k.transpose(1, 2))
+        if self.mask:
+            hidden = torch.ones(shape[2], shape[2], dtype=torch.bool).triu(1)
+            scores = scores.view(*shape, shape[2]).masked_fill(hidden, -math.inf).flatten(0, 1)
+        out: Tensor = torch.bmm(scores.softmax(dim=-1), v).unflatten(0, shape[:2])
+        return out.permute(1, 2, 0, 3).flatten(2)
+
+
+def test_heads_before_the_batch_are_not_taken_for_it() -> None:
+    model = HeadsFirst(mask=False)
+    values = {"(model)": torch.full((1, 1), -0.1)}
+    dense = [toy.run(model, toy.sample(LENGTH, batch)) for batch in (2, 3)]
+    bsfa.apply(model, Thresholds(values=values, **toy.BLOCKS), **toy.EAGER)
+    got = [toy.run(model, toy.sample(LENGTH, batch)) for batch in (2, 3)]
+    assert toy.skipped(model)["(model)"]
+    assert not torch.allclose(got[0], dense[0])
+    bsfa.retarget(
+        model, Thresholds(values={"(model)": torch.full((1, 1), -math.inf)}, **toy.BLOCKS)
+    )
+    for batch, wanted in zip((2, 3), dense, strict=True):
+        assert torch.allclose(toy.run(model, toy.sample(LENGTH, batch)), wanted)
+    assert bsfa.report(model).calls == {"sparse": 4}
+
+
+def test_thresholds_for_other_heads_leave_a_call_dense() -> None:
+    model, x = HeadsFirst(mask=True), toy.sample(LENGTH, batch=3)
+    values = {"(model)": torch.full((2, 1), -0.1)}
+    dense = toy.run(model, x)
+    bsfa.apply(model, Thresholds(values=values, **toy.BLOCKS), **toy.EAGER)
+    assert torch.equal(toy.run(model, x), dense)
+    (site,) = bsfa.report(model).sites
+    assert site.reason == "its thresholds are for 2 heads, and here it has 3"
