@@ -1,6 +1,16 @@
 """Calibrated block-sparse attention for any traced PyTorch model."""
 
-from bsfa_compile.calibrate import Budget, Calibration, Quality, Sparsity, Thresholds, TopK
+from bsfa_compile.calibrate import (
+    Budget,
+    Calibration,
+    Quality,
+    Sparsity,
+    Thresholds,
+    TopK,
+    load_official,
+    load_skip_softmax,
+    skip_softmax_config,
+)
 from bsfa_compile.calibrating import calibrate
 from bsfa_compile.canary import Canary, Drift
 from bsfa_compile.errors import (
@@ -37,6 +47,8 @@ __all__ = [
     "apply",
     "block_sparse_attention",
     "calibrate",
+    "load_official",
+    "load_skip_softmax",
     "optimize",
     "recheck",
     "report",
@@ -45,6 +57,7 @@ __all__ = [
     "retargeted",
     "revert",
     "search",
+    "skip_softmax_config",
 ]
 
 register_when_imported()

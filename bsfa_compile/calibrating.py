@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from rich.progress import Progress
+from torch import Tensor, fx, nn
 from torch import distributed as dist
-from torch import fx, nn
 from torch.export import ExportedProgram
 
 from bsfa_compile import listing, modules, traced
@@ -15,7 +16,7 @@ from bsfa_compile.calibrate.calibration import Calibration
 from bsfa_compile.calibrate.data import Call, Samples, device_of, move, samples
 from bsfa_compile.calibrate.fingerprint import fingerprint
 from bsfa_compile.calibrate.observer import Observer
-from bsfa_compile.errors import CalibrationError
+from bsfa_compile.errors import BsfaError, CalibrationError, InputError
 from bsfa_compile.ops.tiles import BLOCK_K, BLOCK_Q
 from bsfa_compile.passes.rewrite import Rule
 from bsfa_compile.state import refuse
@@ -45,7 +46,8 @@ def calibrate(
     the paper's rule under the absolute one, where 1 loses far less (docs/method.md). max_k: the
     largest k of a later TopK. group: a torch.distributed group (such as
     dist.group.WORLD) whose ranks each calibrate on their own share of the data; all get the whole.
-    Raises CalibrationError for empty data, UnsupportedError if strict and a site is not supported.
+    Raises CalibrationError for empty data or an input that the model fails on, InputError for
+    data that are no model inputs, UnsupportedError if strict and a site is not supported.
     """
     rule = Rule(sink_tiles=sink_tiles, block_q=block_q, block_k=block_k)
     data = samples(calib_data)
@@ -66,10 +68,13 @@ def calibrated(
     progress: bool,
 ) -> tuple[Calibration, Call]:
     """The calibration, and the first sample."""
+    if rule.sink_tiles < 0 or rule.block_q < 1 or rule.block_k < 1 or max_k < 0:
+        raise InputError(
+            "sink_tiles and max_k must be at least 0, block_q and block_k at least 1, got "
+            f"{rule.sink_tiles}, {max_k}, {rule.block_q} and {rule.block_k}"
+        )
     calls = iter(data)
-    first = next(calls, None)
-    if first is None:
-        raise CalibrationError("the calibration data are empty: pass at least one model input")
+    first = next(calls)  # or it says that there is none
     with Observer(max_k=max_k) as observer:
         if isinstance(model, traced.Traced):
             with traced.watching(model, observer, rule, first) as (program, dense):
@@ -117,12 +122,35 @@ def _run(program: nn.Module, first: Call, rest: Any, total: int | None, progress
         task = bar.add_task("calibrating", total=total)
         call: Call | None = first
         while call is not None:
-            args, kwargs = move(call, device)
-            program(*args, **kwargs)
+            try:
+                args, kwargs = move(call, device)
+                program(*args, **kwargs)
+            except (BsfaError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise CalibrationError(_failing(call, count, error)) from error
             count += 1
             bar.advance(task)
             call = next(rest, None)
     return count
+
+
+def _failing(call: Call, index: int, error: Exception) -> str:
+    args, kwargs = call
+    given = [*((str(i), value) for i, value in enumerate(args)), *kwargs.items()]
+    told = ", ".join(
+        f"{name}: {value.dtype} {list(value.shape)} on {value.device}"
+        if isinstance(value, Tensor)
+        else f"{name}: {type(value).__name__}"
+        for name, value in given
+    )
+    reason = next(iter(str(error).splitlines()), "")
+    lost = f" What the {index} inputs before it told is lost." if index else ""
+    return (
+        f"the model fails on input {index} of the data ({told}): {type(error).__name__}: {reason}. "
+        "Wanted: what the model's forward takes, token ids as integers [batch, length]; try "
+        f"model(...) on it.{lost}"
+    )
 
 
 def _length(data: Samples) -> int | None:

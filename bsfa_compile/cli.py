@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated
 
@@ -10,7 +11,14 @@ import typer
 from rich.console import Console
 
 from bsfa_compile import model_commands
-from bsfa_compile.console import ERROR, MODEL_UNAVAILABLE, NO_KERNELS, NOT_HELD, fail
+from bsfa_compile.console import (
+    ERROR,
+    MODEL_UNAVAILABLE,
+    NO_KERNELS,
+    NOT_HELD,
+    fail,
+    usable_device,
+)
 from bsfa_compile.errors import BsfaError
 from bsfa_compile.ops import crossover as crossovers
 from bsfa_compile.ops import race
@@ -51,6 +59,8 @@ def build(
                 raise fail("there is no CUDA card here: pass --arch, such as sm_90a", NO_KERNELS)
             arch = [arch_for(torch.cuda.get_device_capability())]
         for name in arch:
+            if not re.fullmatch(r"sm_\d+[af]?", name):
+                raise fail(f"--arch: wanted such as sm_80 or sm_90a, got {name!r}", NO_KERNELS)
             built = build_all(name, progress=progress)
             console.print(f"{built} kernels for {name} in {cache_dir()}")
     except BsfaError as error:
@@ -67,7 +77,10 @@ def crossover(
 
     Leave the machine alone meanwhile: about a minute on a card, three on a CPU.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        chosen = usable_device(device)
+    except BsfaError as error:
+        raise fail(error, ERROR) from error
     console, contests = Console(), []
     console.print(f"{crossovers.device_name(chosen)}, {torch.get_num_threads()} threads")
     for contest in race.measure(chosen, rounds=rounds):

@@ -83,6 +83,8 @@ def _summary(report: Report) -> str:
         rows.append(("calibration data", told + f"{report.expected_lost:.2%} softmax mass lost"))
     if report.skipped is not None:
         rows.append(("skipped so far", f"{_percent(report.skipped)} of tiles, mean over sites"))
+    if report.idle is not None:
+        rows.append(("why", report.idle))
     if report.proof is not None:
         rows.append(("held-out data", str(report.proof)))
     if report.calls:

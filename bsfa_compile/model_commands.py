@@ -7,11 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
-from bsfa_compile.console import ERROR, MODEL_UNAVAILABLE, NOT_HELD, fail
+from bsfa_compile.console import (
+    ERROR,
+    MODEL_UNAVAILABLE,
+    NOT_HELD,
+    check_writable,
+    fail,
+    usable_device,
+)
 from bsfa_compile.errors import BsfaError, InputError, ModelUnavailableError
 
 TARGETS = "budget=EPS, sparsity=FRACTION, topk=K; nll=NATS or kl=NATS per token are searched for."
@@ -34,12 +40,8 @@ def _reported() -> Iterator[None]:
         raise fail(f'{error}: pip install "bsfa-compile[demo]"', ERROR) from error
     except ModelUnavailableError as error:
         raise fail(error, MODEL_UNAVAILABLE) from error
-    except BsfaError as error:
+    except (BsfaError, OSError) as error:
         raise fail(error, ERROR) from error
-
-
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _listed(text: str) -> tuple[str, ...]:
@@ -72,6 +74,7 @@ def demo(
     with _reported():
         from bsfa_compile.demo.run import Settings, run
 
+        check_writable(output, "--output")
         settings = Settings(
             model=model,
             tokens=tokens,
@@ -81,7 +84,7 @@ def demo(
             new_tokens=new_tokens,
             calibration_texts=tuple(calibration_text or ()),
             evaluation_texts=tuple(evaluation_text or ()),
-            device=_device(device),
+            device=usable_device(device),
             output=output,
         )
         run(settings, Console())
@@ -128,6 +131,7 @@ def evaluate(
         from bsfa_compile.evaluate.targets import parse_targets
         from bsfa_compile.evaluate.tasks import TASKS
 
+        check_writable(out, "--out")
         default = "" if thresholds else "budget=0.03"
         wanted = {"all": tuple(TASKS), "none": ()}.get(tasks, _listed(tasks))
         try:
@@ -147,7 +151,7 @@ def evaluate(
             text=tuple(text or ()),
             calibration_text=tuple(calibration_text or ()),
             seed=seed,
-            device=_device(device),
+            device=usable_device(device),
             inner=inner,
         )
         evaluation, _ = run(settings, Console(stderr=True), lambda found: keep(found, out))
@@ -177,19 +181,24 @@ def report(
 
         if out.suffix not in (".html", ".json"):
             raise InputError(f"--out: wanted a name ending in .html or .json, got {out.name!r}")
+        check_writable(out.parent, "--out")
+        wanted = parse_targets("" if thresholds else target, "--target")
+        if not thresholds and len(wanted) != 1:
+            raise InputError(f"--target: wanted one, such as budget=0.03, got {target!r}")
         settings = Settings(
             model=model,
             thresholds=() if thresholds is None else (thresholds,),
-            targets=tuple(parse_targets(target))[:1] if thresholds is None else (),
+            targets=tuple(wanted),
             lengths=(length,),
             tasks=(),
             documents=documents,
             scored=scored,
             text=tuple(text or ()),
             calibration_text=tuple(calibration_text or ()),
-            device=_device(device),
+            device=usable_device(device),
         )
         evaluation, loaded = run(settings, Console(stderr=True))
+        out.parent.mkdir(parents=True, exist_ok=True)
         page(loaded, settings, evaluation).save(out)
         Console().print(str(out))
 
@@ -222,12 +231,12 @@ def recheck(
                 length=length,
                 documents=documents,
                 text=tuple(text or ()),
-                device=_device(device),
+                device=usable_device(device),
             )
         except OSError as error:
             raise InputError(
                 f"no thresholds: {error}; pass --thresholds with a file that Thresholds.save wrote"
             ) from error
-    Console().print(str(found), highlight=False)
+    Console().print(str(found), highlight=False, soft_wrap=True)
     if not found.holds:
         raise typer.Exit(NOT_HELD)

@@ -13,11 +13,13 @@ from torch.export import ExportedProgram
 
 from bsfa_compile import modules, traced
 from bsfa_compile.backend import Inner
+from bsfa_compile.calibrate.calibration import check_request
 from bsfa_compile.calibrate.data import Call, samples
 from bsfa_compile.calibrate.quality import Quality
 from bsfa_compile.calibrate.solve import Budget, Target, TopK
-from bsfa_compile.calibrate.thresholds import Thresholds, check
+from bsfa_compile.calibrate.thresholds import Thresholds, check, loaded
 from bsfa_compile.calibrating import calibrated
+from bsfa_compile.errors import InputError
 from bsfa_compile.passes.rewrite import Rule
 from bsfa_compile.search import search
 from bsfa_compile.state import State, refuse, state_of
@@ -47,21 +49,21 @@ def optimize(
     inner: str = "inductor",
     compile: bool = True,
 ) -> Model:
-    """Make a model's attention block-sparse: calibrate on data, rewrite, compile. Nothing is lost.
+    """Make a model's attention block-sparse: calibrate on data, rewrite, compile.
 
     model: nn.Module, compiled in place (graphs are built when it first runs); torch.fx.GraphModule,
     rewritten in place; or torch.export.ExportedProgram, of which a new one is returned.
     calib_data: one model input (tensor, tuple, dict) or an iterable of them (list, DataLoader), as
     long as those to come. target: what may be lost, `Budget(eps)` of softmax mass per row or
     `Quality(...)` of the whole model, or what to drop. held_out: inputs that a Quality is proven
-    on; every fourth of calib_data is held back if not given. gate: "relative" or "absolute" (the
-    paper's). strict: raise instead of leaving a site dense. precision: of the gate's scores,
-    "auto", "exact" or "int8". sink_tiles: leading tiles always kept; None is what loses least: none
-    for the relative gate, one for the absolute. max_length: tokens of the longest input to come, if
-    longer than calib_data: thresholds then follow a fit over positions. Without it the loss asked
-    for does not hold there, of which a warning tells at inputs over a fourth longer:
-    Quality(nll=0.01) found at 4k tokens loses .030 and .021 at 32k (Qwen2.5-Coder-0.5B, 1.5B), with
-    max_length=32768 .003 and .001.
+    on; every fourth of calib_data is held back if not given. gate: "relative", for TopK too, or
+    "absolute" (the paper's). strict: raise instead of leaving a site dense. precision: of the
+    gate's scores, "auto", "exact" or "int8". sink_tiles: leading tiles always kept; None is what
+    loses least: none for the relative gate, one for the absolute. max_length: tokens of the longest
+    input to come, if longer than calib_data: thresholds then follow a fit over positions. Without
+    it the loss asked for does not hold there, of which a warning tells at inputs over a fourth
+    longer: Quality(nll=0.01) found at 4k tokens loses .030 and .021 at 32k (Qwen2.5-Coder-0.5B,
+    1.5B), with max_length=32768 .003 and .001.
     dense_if_faster: run dense wherever that is faster; False forces the rule. fullgraph, dynamic,
     mode, options: of torch.compile and inductor. inner: another backend of torch to run the
     rewritten graphs, for debugging ("eager", "aot_eager"). compile: False for a Hugging Face model
@@ -75,9 +77,14 @@ def optimize(
         sink_tiles = 1 if gate == "absolute" else 0
     rule = Rule(sink_tiles=sink_tiles)
     compiled = Inner(inner, mode, options, dynamic)
+    check_request(target, gate, precision, max_length)
     data = samples(calib_data)
     if isinstance(target, Quality):
-        data, held = data.split() if held_out is None else (data, samples(held_out))
+        # Read before the long work, so that what is wrong with it comes first.
+        data, held = data.split() if held_out is None else (data, samples(held_out, "held_out"))
+        held = held.read()
+    elif held_out is not None:
+        raise InputError(f"held_out is what a Quality is proven on, {target} needs none: leave it")
     calibration, example = calibrated(model, data, rule, max_k=max_k, progress=progress)
     if strict:
         refuse(calibration.dense)
@@ -142,10 +149,10 @@ def apply(
     thresholds: made by a calibration, or where they were saved: a file, or the folder of a
     checkpoint that the optimized model wrote with save_pretrained.
     example: one model input, needed for a GraphModule whose nodes carry no shapes. Returns the
-    same kind of object. Raises ThresholdsError if the thresholds are of another model.
+    same kind of object. Raises ThresholdsError if the thresholds are of another model or their
+    file is damaged, OSError if it cannot be read.
     """
-    if not isinstance(thresholds, Thresholds):
-        thresholds = Thresholds.load(thresholds)
+    thresholds = loaded(thresholds)
     check(thresholds, model)
     sample = None if example is None else next(iter(samples(example)))
     state = State(
@@ -167,9 +174,12 @@ def revert(model: Model) -> Model:
     returned. A model that was not optimized is returned as it is. Raises BsfaError for an
     optimized exported program loaded from a file, which no longer has its original.
     """
-    state, given = state_of(model), cast(Any, model)
+    given = cast(Any, model)
     if isinstance(given, _TRACED):
-        return cast(Model, traced.undo(given, state))
+        return cast(Model, traced.undo(given, state_of(given)))
+    if not isinstance(given, nn.Module):
+        raise InputError(f"model must be one that optimize took, got {type(given).__name__}")
+    state = state_of(given)
     modules.undo(modules.plain(given), state)
     return model
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from bsfa_compile.calibrate.thresholds import Thresholds
+from bsfa_compile.calibrate.thresholds import Thresholds, loaded
 from bsfa_compile.calibrating import calibrate
 from bsfa_compile.errors import ThresholdsError
 from bsfa_compile.state import state_of
@@ -37,27 +38,30 @@ class Recheck:
         text += f" (worst head {self.worst:.2%})"
         if self.promised_lost is None or self.promised_dropped is None:
             return f"{text}; nothing was promised"
+        told = "holds" if self.holds else "over a tenth more is lost than that, calibrate again"
         promised = f"{self.promised_dropped:.1%} and {self.promised_lost:.2%}"
-        return f"{text}; promised {promised}: {'holds' if self.holds else 'calibrate again'}"
+        return f"{text}; promised {promised}: {told}"
 
 
 def recheck(
     model: nn.Module | fx.GraphModule | ExportedProgram,
     data: object,
-    thresholds: Thresholds | None = None,
+    thresholds: Thresholds | str | os.PathLike[str] | None = None,
     *,
     progress: bool = True,
 ) -> Recheck:
     """Run a model dense on a little data and see what thresholds would drop and lose there.
 
-    thresholds: those the model was optimized with, if not given. One forward pass per input; the
-    model is unchanged. Raises ThresholdsError if there are none, or none of the model's sites.
+    thresholds: also a path of saved ones; those the model was optimized with, if not given. One
+    forward pass per input; the model is unchanged. Raises ThresholdsError if there are none, or
+    none of the model's sites.
     """
     state = state_of(model)
     if thresholds is None and state is not None:
         thresholds = state.thresholds
     if thresholds is None:
         raise ThresholdsError("the model was not optimized: pass the thresholds to check")
+    thresholds = loaded(thresholds)
     seen = calibrate(
         model,
         data,

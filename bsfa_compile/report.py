@@ -55,8 +55,9 @@ class Report:
     calls so far: "sparse", "decode" (dense by design), "dense" for another reason, and "eager":
     dense because their module ran outside the compiled graphs. longest: tokens of the longest input
     that ran sparse, 0 if none; lengths: those calibrated on, ascending; reach: the longest that the
-    thresholds hold for, None if unknown or if nothing is dropped. evaluation: what was measured of
-    the model, by `bsfa eval` for one; tile_maps: the tiles of some heads.
+    thresholds hold for, None if unknown or if nothing is dropped. dense_if_faster: whether sparse
+    attention runs dense, skipping nothing, wherever that is faster. evaluation: what was measured
+    of the model, by `bsfa eval` for one; tile_maps: the tiles of some heads.
     """
 
     sites: tuple[SiteReport, ...]
@@ -70,6 +71,7 @@ class Report:
     longest: int = 0
     lengths: tuple[int, ...] = ()
     reach: int | None = None
+    dense_if_faster: bool = False
     evaluation: Evaluation | None = None
     tile_maps: tuple[TileMap, ...] = ()
 
@@ -88,11 +90,21 @@ class Report:
     @property
     def told_lengths(self) -> str:
         """The longest input beside the lengths that the thresholds were made on, in words."""
-        text = f"longest input {self.longest} tokens"
+        text = f"longest input {self.longest} tokens" if self.longest else "no input yet"
         if self.lengths:
             ends = sorted({self.lengths[0], self.lengths[-1]})
             text += f", calibrated on {' to '.join(map(str, ends))}"
         return text if self.reach is None else f"{text}, thresholds for up to {self.reach}"
+
+    @property
+    def idle(self) -> str | None:
+        """Why nothing was skipped although something could have been, in words; else None."""
+        if not (self.dense_if_faster and self.expected_skipped and self.skipped == 0.0):
+            return None
+        return (
+            "nothing was skipped so far: dense_if_faster=True runs dense what is not faster sparse "
+            "on this device at these lengths; dense_if_faster=False forces the rule"
+        )
 
     def to_json(self) -> str:
         """All fields as JSON text; numbers that are not finite are null."""
@@ -104,9 +116,10 @@ class Report:
         Raises InputError for another suffix.
         """
         target = Path(path)
-        if target.suffix not in (".html", ".json"):
+        suffix = target.suffix.lower()
+        if suffix not in (".html", ".json"):
             raise InputError(f"a report is saved as .html or .json, got {target.name!r}")
-        text = render(self) if target.suffix == ".html" else f"{self.to_json()}\n"
+        text = render(self) if suffix == ".html" else f"{self.to_json()}\n"
         target.write_text(text, "utf-8")
 
     def __str__(self) -> str:
@@ -140,6 +153,8 @@ class Report:
             parts.append(f"attention calls: {told}")
         if self.lengths or self.longest:
             parts.append(self.told_lengths)
+        if self.idle is not None:
+            parts.append(self.idle)
         return "; ".join(parts)
 
 
@@ -148,7 +163,7 @@ def report(model: nn.Module | fx.GraphModule | ExportedProgram) -> Report:
 
     Reading counters from a GPU waits for it. Raises InputError for a model that was not optimized.
     """
-    state = state_of(model)
+    state = state_of(model) if isinstance(model, nn.Module | ExportedProgram) else None
     if state is not None:
         solved = state.thresholds
         return Report(
@@ -163,6 +178,7 @@ def report(model: nn.Module | fx.GraphModule | ExportedProgram) -> Report:
             longest=state.longest,
             lengths=solved.lengths,
             reach=solved.reach,
+            dense_if_faster=state.rule.dense_if_faster,
         )
     if isinstance(model, fx.GraphModule | ExportedProgram):
         sites = tuple(_of_graph(model))

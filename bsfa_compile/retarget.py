@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from bsfa_compile.calibrate.quality import Quality
 from bsfa_compile.calibrate.solve import Target
 from bsfa_compile.calibrate.thresholds import Thresholds, check
-from bsfa_compile.errors import ThresholdsError
+from bsfa_compile.errors import InputError, ThresholdsError
 from bsfa_compile.passes.attach import to_bits
 from bsfa_compile.passes.rewrite import Rule
 from bsfa_compile.state import State, state_of
@@ -26,7 +27,7 @@ def retarget(model: Model, target: Target | Thresholds) -> Model:
     The buffers are written where they are, so captured CUDA graphs follow too. Counters start
     again at zero. Raises ThresholdsError if the model was not optimized, if a target is given but
     the model has no calibration (it was made by `apply`), or if the gate, precision or tile shape
-    of the thresholds differ from the compiled one's.
+    of the thresholds differ from the compiled one's; InputError for another kind of target.
     """
     state = _optimized(model)
     solved = _solved(model, state, target)
@@ -94,9 +95,13 @@ def _solved(model: Model, state: State, target: Target | Thresholds) -> Threshol
         if known is None or target.fingerprint != known:
             check(target, model)
         solved = target
+    elif not isinstance(target, Target | Quality):
+        raise InputError(f"target must be Budget, TopK, Sparsity or Thresholds, got {target!r}")
     elif state.calibration is not None:
-        rule = state.rule
-        fitted = next(iter(state.thresholds.values.values())).shape[1] * rule.block_q
+        rule, wide = state.rule, state.thresholds.values.values()
+        if not wide:
+            raise ThresholdsError("no attention of this model is sparse: report(model) tells why")
+        fitted = next(iter(wide)).shape[1] * rule.block_q
         solved = state.calibration.thresholds(
             target,
             rule.gate,

@@ -17,7 +17,7 @@ from dataclasses import replace
 from rich.progress import Progress
 from torch import Tensor
 
-from bsfa_compile.calibrate.calibration import Calibration
+from bsfa_compile.calibrate.calibration import Calibration, check_request
 from bsfa_compile.calibrate.data import Call, samples
 from bsfa_compile.calibrate.quality import Meter, Proof, Quality, Reference
 from bsfa_compile.calibrate.solve import Budget, solve
@@ -58,11 +58,19 @@ def search(
 
     The model runs in eval mode without gradients and is unchanged afterwards. `Thresholds.proof`
     says what was measured. If nothing that drops tiles holds, a warning says so and every
-    threshold is -inf, which is dense. Raises CalibrationError without statistics or data.
+    threshold is -inf, which is dense. Raises CalibrationError without statistics or data,
+    InputError for a wrong argument.
     """
+    if not isinstance(target, Quality):
+        raise InputError(
+            f"target must be a Quality, got {target!r}: Calibration.thresholds solves the others"
+        )
+    check_request(target, gate, precision, max_length)
+    if trials < 1:
+        raise InputError(f"trials must be at least 1, got {trials}")
     if not calibration.sites:
         raise CalibrationError("no attention was observed: there is nothing to search for")
-    calls = list(samples(held_out))
+    calls = list(samples(held_out, "held_out"))
     first = calls[0] if probe is None else probe
     groups = _groups(list(calibration.sites))
     with trying(model) as trial, Progress(transient=True, disable=not progress) as bar:

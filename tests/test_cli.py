@@ -38,6 +38,32 @@ def test_an_error_is_1_and_one_line() -> None:
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("demo --device foo", "--device foo: cannot be used here"),
+        ("crossover --device foo", "wanted cpu, cuda or cuda:N"),
+        ("build --arch foo", "--arch: wanted such as sm_80"),
+        ("eval --targets budget=2", "Budget.eps must be a number from 0 to 1, got 2.0"),
+        ("eval --inner foo", "--inner: no backend 'foo'"),
+        ("report --target budget=0.1,nll=0.1", "--target: wanted one"),
+        ("eval /no/such/folder", "'/no/such/folder' cannot be loaded: there is no such folder"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(command: str, words: str) -> None:
+    result = runner.invoke(cli.app, command.split())
+    assert result.exit_code in (cli.ERROR, cli.MODEL_UNAVAILABLE, cli.NO_KERNELS)
+    assert words in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", ["demo --output {}", "eval --out {}", "report --out {}/a.html"])
+def test_results_that_cannot_be_written_are_refused_first(command: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = runner.invoke(cli.app, command.format(tmp_path / "file").split())
+    assert result.exit_code == cli.ERROR
+    assert "no folder that can be written into" in result.output
+
+
 def test_a_missing_model_is_3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(models, "installed", lambda _: False)
     monkeypatch.setenv("BSFA_CACHE_DIR", str(tmp_path))

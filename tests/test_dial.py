@@ -49,6 +49,17 @@ def test_one_request_has_its_own_target() -> None:
         bsfa.reset_counters(toy.Toy())
 
 
+def test_what_the_dial_cannot_take_is_said() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.warns(UserWarning, match="no attention was found"):
+        bsfa.optimize(model, torch.zeros(1, 2), **toy.EAGER, progress=False)
+    with pytest.raises(bsfa.ThresholdsError, match="no attention of this model is sparse"):
+        bsfa.retarget(model, bsfa.Budget(0.1))
+    for wrong in (0.03, "t.safetensors"):
+        with pytest.raises(bsfa.InputError, match="must be Budget, TopK, Sparsity or Thresholds"):
+            bsfa.retarget(model, wrong)  # type: ignore[arg-type]
+
+
 def test_a_model_fitted_for_longer_inputs_stays_fitted() -> None:
     model, x = toy.Toy(), toy.sample(400)
     bsfa.optimize(model, x, bsfa.Budget(0.3), max_length=4096, **toy.EAGER, progress=False)

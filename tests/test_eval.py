@@ -19,7 +19,7 @@ from bsfa_compile.evaluate import corpora, layers
 from bsfa_compile.evaluate.judge import Judge
 from bsfa_compile.evaluate.likelihood import float32_head
 from bsfa_compile.evaluate.models import load
-from bsfa_compile.evaluate.targets import parse_targets
+from bsfa_compile.evaluate.targets import from_files, parse_targets
 from bsfa_compile.evaluate.tasks import build_task
 from bsfa_compile.evaluate.texts import Document
 from tests.tiny import save_tiny
@@ -223,6 +223,28 @@ def test_thresholds_from_a_file_are_evaluated_on_the_users_text(tiny: Path, tmp_
     assert found["documents"]["1024"] == ["prose: mine 0", "prose: mine 1"]
 
 
+def test_what_does_not_fit_is_said_before_calibrating(tiny: Path, tmp_path: Path) -> None:
+    """Texts too short, thresholds of another model; two files of one name are two rules."""
+    short = tmp_path / "short.txt"
+    short.write_text("A few words only.\n")
+    foreign = bsfa.Thresholds(values={"no.such.site": torch.zeros(1, 1)})
+    paths = [tmp_path / name / "t.safetensors" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        foreign.save(path)
+    for options, words in (
+        (["--text", str(short)], "shorter than 200 tokens"),
+        (["--targets", "budget=0.1", "--thresholds", str(paths[0])], "no site no.such.site"),
+    ):
+        result = CliRunner().invoke(
+            app,
+            ["eval", str(tiny), "--lengths", "200", "--scored", "50", "--tasks", "none", *options],
+        )
+        assert result.exit_code == 1 and words in result.output
+        assert "calibrating" not in result.output
+    assert len(from_files(paths)) == 2
+
+
 def test_a_report_is_one_page_with_tile_maps(tiny: Path, tmp_path: Path) -> None:
     options = "--target budget=0.2 --length 640 --documents 1 --scored 100 --device cpu"
     page = tmp_path / "tiny.html"
@@ -245,10 +267,11 @@ def test_a_report_is_one_page_with_tile_maps(tiny: Path, tmp_path: Path) -> None
         ("--lengths 64 --scored 64", "less than every length"),
         ("--tasks riddle", "no task 'riddle'"),
         ("--lengths 9999", "the model takes 2048 tokens"),
+        ("--lengths 64 --scored 8", "ask for a longer prompt"),
     ],
 )
 def test_wrong_options_are_one_line(tiny: Path, options: str, words: str) -> None:
     result = CliRunner().invoke(app, ["eval", str(tiny), "--device", "cpu", *options.split()])
     assert result.exit_code == 1
     assert words in result.output
-    assert "Traceback" not in result.output
+    assert "Traceback" not in result.output and "calibrating" not in result.output

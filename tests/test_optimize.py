@@ -193,6 +193,33 @@ def test_calibrate_leaves_nothing_even_if_it_fails() -> None:
     assert traces(model) == before
 
 
+def test_an_input_that_the_model_fails_on_is_named() -> None:
+    with pytest.raises(
+        bsfa.CalibrationError, match=r"input 1 .*float32 \[1, 5, 3\].*1 inputs before"
+    ):
+        bsfa.calibrate(toy.Toy(), [toy.sample(), torch.randn(1, 5, 3)], progress=False)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"target": "budget"},
+        {"gate": "sharp"},
+        {"precision": "int4"},
+        {"max_length": 0},
+        {"sink_tiles": -1},
+        {"held_out": [toy.sample()]},
+        {"target": bsfa.Quality(error=0.1), "held_out": ["text"]},
+    ],
+)
+def test_wrong_arguments_cost_no_forward_pass(wrong: dict[str, Any]) -> None:
+    model, calls = toy.Toy(), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(bsfa.InputError):
+        bsfa.optimize(model, [toy.sample()], **wrong, progress=False)
+    assert not calls
+
+
 def test_calibrating_an_optimized_model_keeps_it_optimized() -> None:
     model, x = toy.Toy(), toy.sample()
     thresholds = toy.thresholds(toy.sites())
@@ -277,6 +304,22 @@ def test_autocast_casts_as_attention_does() -> None:
     assert float((got - dense).abs().max()) < 0.1
 
 
+def test_a_report_says_why_nothing_is_skipped() -> None:
+    """Where dense attention is faster, as on a CPU at few tokens, it runs."""
+    model, x = toy.Toy(), toy.sample(400)
+    solved = bsfa.calibrate(model, x, progress=False).thresholds(bsfa.Budget(0.3))
+    bsfa.apply(model, solved, inner="eager")
+    assert bsfa.report(model).idle is None  # nothing has run yet
+    toy.run(model, x)
+    report = bsfa.report(model)
+    assert report.skipped == 0.0 < (report.expected_skipped or 0)
+    assert "dense_if_faster=False forces the rule" in str(report)
+    bsfa.apply(model, solved, **toy.EAGER)
+    toy.run(model, x)
+    report = bsfa.report(model)
+    assert (report.skipped or 0) > 0 and report.idle is None
+
+
 def test_running_outside_the_compiled_graph_warns_once() -> None:
     model, x = toy.Toy(), toy.sample()
     bsfa.apply(model, toy.thresholds(toy.sites()), **toy.EAGER)
@@ -303,6 +346,11 @@ def test_wrong_models_and_thresholds_are_refused() -> None:
     before = traces(model)
     with pytest.raises(bsfa.InputError, match=r"torch\.compile"):
         bsfa.optimize(cast(Any, compiled), x, progress=False)
+    for refused in (bsfa.report, bsfa.revert):
+        with pytest.raises(bsfa.InputError, match="NoneType"):
+            refused(cast(Any, None))
+    with pytest.raises(bsfa.InputError, match="got dict"):
+        bsfa.apply(model, cast(Any, {}))
     with pytest.raises(bsfa.InputError, match=r"nn\.Module"):
         bsfa.calibrate(cast(Any, toy.run), x, progress=False)
     with pytest.raises(bsfa.ThresholdsError):

@@ -16,17 +16,35 @@ from torch import distributed as dist
 from bsfa_compile.calibrate import files
 from bsfa_compile.calibrate.fingerprint import Fingerprint
 from bsfa_compile.calibrate.fit import fit
+from bsfa_compile.calibrate.grid import GATES
 from bsfa_compile.calibrate.predict import Prediction, predict
 from bsfa_compile.calibrate.quality import Quality
 from bsfa_compile.calibrate.solve import Sparsity, Target, TopK, solve
 from bsfa_compile.calibrate.statistics import SiteStatistics
-from bsfa_compile.calibrate.thresholds import Thresholds
+from bsfa_compile.calibrate.thresholds import PRECISIONS, Thresholds
 from bsfa_compile.errors import CalibrationError, InputError
 
 _VERSION = 2
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+def check_request(
+    target: Target | Quality, gate: str, precision: str = "auto", max_length: int | None = None
+) -> None:
+    """Raise InputError for what no thresholds can be made for, before any work is done for them."""
+    if not isinstance(target, Target | Quality):
+        raise InputError(
+            "target must be Budget, TopK, Sparsity or Quality, such as Budget(0.03), got "
+            f"{target!r}"
+        )
+    if gate not in GATES:
+        raise InputError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if max_length is not None and not (isinstance(max_length, int) and max_length >= 1):
+        raise InputError(f"max_length must be an integer of at least 1 token, got {max_length!r}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Calibration:
     """What was seen of a model.
 
@@ -49,6 +67,13 @@ class Calibration:
                 f"{sorted(shapes)}"
             )
 
+    def __repr__(self) -> str:
+        seen = ", ".join(map(str, self.lengths))
+        return (
+            f"Calibration({len(self.sites)} sites, {self.samples} samples, lengths {seen or 'none'}"
+            f"; {len(self.dense)} sites dense)"
+        )
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """Lengths in tokens of the samples that any site saw, ascending."""
@@ -69,15 +94,16 @@ class Calibration:
         last one of TopK, holds at every position.
 
         Warns if a Sparsity is out of reach: the most that can be dropped is given then, see
-        `Thresholds.dropped`. Raises CalibrationError if no site has statistics, and for a Quality,
-        which needs the model: `search` finds its thresholds.
+        `Thresholds.dropped`. Raises InputError for a wrong argument, CalibrationError if no site
+        has statistics, and for a Quality, which needs the model: `search` finds its thresholds.
         """
+        chosen = gate or ("absolute" if isinstance(target, TopK) else "relative")
+        check_request(target, chosen, precision, max_length)
         if isinstance(target, Quality):
             raise CalibrationError(
                 f"{target} is a loss of the whole model, which statistics alone do not know: use "
                 "search(model, calibration, target, held_out)"
             )
-        chosen = gate or ("absolute" if isinstance(target, TopK) else "relative")
         values = solve(self.sites, target, chosen)
         solved = self.wrapped(values, chosen, precision, repr(target))
         solved = self.told(solved if max_length is None else self.fitted(solved, max_length))
@@ -109,8 +135,6 @@ class Calibration:
 
     def fitted(self, solved: Thresholds, max_length: int) -> Thresholds:
         """Solved thresholds as a fit over positions, for inputs of up to `max_length` tokens."""
-        if max_length < 1:
-            raise InputError(f"max_length must be at least 1 token, got {max_length}")
         curves = {
             name: fit(self.sites[name], values, solved.gate)
             for name, values in solved.values.items()

@@ -17,26 +17,37 @@ _WANTED = (
     "one model input (a tensor, a tuple of positional arguments, a dict of keyword arguments) "
     "or an iterable of them (a list, a DataLoader, a dataset)"
 )
-_EMPTY = "the calibration data are empty: pass at least one model input"
 
 
 class Samples:
     """The calls to calibrate with: iterate for (args, kwargs); `len` if the data know theirs.
 
     Iterating raises CalibrationError if the data turn out to be empty, and InputError for an
-    element that is no model input, naming its index and type. A generator can be read once.
+    element that is no model input, naming its index and type; of a list all are looked at when it
+    is given, before any work. A generator can be read once. name: what messages call the data.
     """
 
-    def __init__(self, data: Iterable[Any]) -> None:
-        self._data = data
+    def __init__(self, data: Iterable[Any], name: str = "calib_data") -> None:
+        self._data, self._name = data, name
         if _length(data) == 0:
-            raise CalibrationError(_EMPTY)
+            raise CalibrationError(self._empty)
+        if isinstance(data, list):
+            for index, element in enumerate(data):
+                _call(element, f"{name}[{index}]")
+
+    @property
+    def _empty(self) -> str:
+        return f"{self._name} is empty: pass at least one model input (a generator is read once)"
 
     def __len__(self) -> int:
         length = _length(self._data)
         if length is None:
             raise TypeError(f"{type(self._data).__name__} does not know its length")
         return length
+
+    def read(self) -> Samples:
+        """The same, all in memory. Raises CalibrationError if there is nothing."""
+        return Samples(list(self._data), self._name)
 
     def split(self) -> tuple[Samples, Samples]:
         """(to calibrate on, held out): every fourth input is held out, at least one.
@@ -57,12 +68,12 @@ class Samples:
         empty = True
         for index, element in enumerate(self._data):
             empty = False
-            yield _call(element, f"calib_data[{index}]")
+            yield _call(element, f"{self._name}[{index}]")
         if empty:
-            raise CalibrationError(_EMPTY)
+            raise CalibrationError(self._empty)
 
 
-def samples(calib_data: object) -> Samples:
+def samples(calib_data: object, name: str = "calib_data") -> Samples:
     """The model inputs in `calib_data`: one of them, or an iterable of them.
 
     A tensor is one positional argument, a tuple several, a mapping (HF BatchEncoding too) the
@@ -72,15 +83,15 @@ def samples(calib_data: object) -> Samples:
     if isinstance(calib_data, Samples):
         return calib_data
     if isinstance(calib_data, tuple | Mapping):
-        return Samples([calib_data] if calib_data else [])
+        return Samples([calib_data] if calib_data else [], name)
     if isinstance(calib_data, Tensor):
-        return Samples([calib_data])
+        return Samples([calib_data], name)
     if not isinstance(calib_data, str | bytes | nn.Module):
         if isinstance(calib_data, Iterable):
-            return Samples(calib_data)
+            return Samples(calib_data, name)
         if isinstance(calib_data, torch.utils.data.Dataset):
-            return Samples(_MapStyle(calib_data))
-    raise InputError(f"calib_data must be {_WANTED}, got {type(calib_data).__name__}")
+            return Samples(_MapStyle(calib_data), name)
+    raise InputError(f"{name} must be {_WANTED}, got {type(calib_data).__name__}")
 
 
 def move(call: Call, device: torch.device | str) -> Call:
@@ -148,7 +159,8 @@ def _call(element: Any, where: str) -> Call:
     if not _has_tensor(call):
         raise InputError(
             f"{where} is a {kind} without a tensor in it; convert its values to tensors first "
-            '(for a Hugging Face dataset: dataset.with_format("torch"))'
+            '(a tokenizer does with return_tensors="pt", a Hugging Face dataset with '
+            'with_format("torch"))'
         )
     return call
 

@@ -30,9 +30,10 @@ def load_official(path: str | os.PathLike[str], k: int, sites: Sequence[str]) ->
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, BadZipFile, ValueError) as cause:
+        # Not torch's own words, which advise to run the code.
         raise ThresholdsError(
-            f"{path}: not a file that torch.load reads without running code, or damaged ({cause}); "
-            "wanted the .inference.pt of the official BSFA calibration"
+            f"{path}: damaged, or not a file that torch.load reads without running code; wanted "
+            "the .inference.pt of the official BSFA calibration"
         ) from cause
     wanted = ("thresholds", "k_values", "q_block_size", "k_block_size")
     missing = [name for name in wanted if not isinstance(content, dict) or name not in content]

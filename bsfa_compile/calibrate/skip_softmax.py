@@ -48,8 +48,10 @@ def load_skip_softmax(
     """
     if not (isinstance(sparsity, Real) and 0 <= sparsity <= 1):
         raise InputError(f"sparsity must be a number from 0 to 1, got {sparsity!r}")
-    if length < 1:
-        raise InputError(f"length must be at least 1 token, got {length}")
+    if not (isinstance(length, int) and length >= 1):
+        raise InputError(f"length must be an integer of at least 1 token, got {length!r}")
+    if not isinstance(sites, Mapping):
+        raise InputError(f"sites must map names to heads, got {type(sites).__name__}")
     found = _read(config)
     groups = found.get("config_groups") or {"": found}
     ours = [g for g in groups.values() if _algorithm(g) in (None, *_ALGORITHMS)]

@@ -18,7 +18,7 @@ from bsfa_compile.calibrate.fingerprint import Fingerprint, Model, fingerprint, 
 from bsfa_compile.calibrate.fit import columns
 from bsfa_compile.calibrate.grid import GATES
 from bsfa_compile.calibrate.quality import Proof
-from bsfa_compile.errors import ThresholdsError
+from bsfa_compile.errors import InputError, ThresholdsError
 from bsfa_compile.ops.tiles import BLOCK_K, BLOCK_Q
 
 FILE_NAME = "bsfa_thresholds.safetensors"  # beside the weights of a checkpoint
@@ -27,7 +27,7 @@ PRECISIONS = ("auto", "exact", "int8")
 _VERSION = 2
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Thresholds:
     """Thresholds of a model, in scaled logits in natural-log units.
 
@@ -66,11 +66,12 @@ class Thresholds:
                 f"{self.sink_tiles}, {self.block_q}, {self.block_k}"
             )
         for name, value in self.values.items():
-            good = value.dtype == torch.float32 and value.dim() == 2 and value.numel() > 0
+            given = isinstance(value, Tensor)
+            good = given and value.dtype == torch.float32 and value.dim() == 2 and value.numel() > 0
             if not good or bool(value.isnan().any()):
                 raise ThresholdsError(
                     f"thresholds of {name!r} must be float32 [heads, q blocks] without NaN, got "
-                    f"{value.dtype} {list(value.shape)}"
+                    + (f"{value.dtype} {list(value.shape)}" if given else type(value).__name__)
                 )
         plain = {name: value.detach().cpu() for name, value in self.values.items()}
         object.__setattr__(self, "values", plain)
@@ -102,6 +103,14 @@ class Thresholds:
             torch.equal(value, other.values[name]) for name, value in self.values.items()
         )
 
+    def __repr__(self) -> str:
+        done = "" if self.dropped is None else f", {self.dropped:.1%} of tiles dropped"
+        lost = "" if self.lost is None else f", {self.lost:.2%} of softmax mass lost"
+        return (
+            f"Thresholds({len(self.values)} sites, {self.target or 'target unknown'}, gate "
+            f"{self.gate}{done}{lost})"
+        )
+
     def _content(self) -> dict[str, object]:
         plain: dict[str, object] = {
             name: getattr(self, name)
@@ -115,7 +124,9 @@ class Thresholds:
         return plain | {"lengths": list(self.lengths), "sites": list(self.values)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, replacing one that is there."""
+        """Write a safetensors file, replacing one that is there; into a folder, as FILE_NAME."""
+        path = Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
         files.save(path, "thresholds", _VERSION, self.curves or self.values, self._content())
 
     @classmethod
@@ -144,6 +155,18 @@ class Thresholds:
             )
         except (KeyError, TypeError) as cause:
             raise ThresholdsError(f"{path}: a field is missing or unknown: {cause}") from cause
+
+
+def loaded(thresholds: object) -> Thresholds:
+    """Thresholds, or those at a path. Raises InputError for anything else, and as `load` does."""
+    if isinstance(thresholds, Thresholds):
+        return thresholds
+    if isinstance(thresholds, str | os.PathLike):
+        return Thresholds.load(thresholds)
+    raise InputError(
+        f"thresholds must be Thresholds or a path of saved ones, got {type(thresholds).__name__}; "
+        "Calibration.thresholds(target) makes them"
+    )
 
 
 def check(thresholds: Thresholds, model: Model, *, sites: Mapping[str, int] | None = None) -> None:

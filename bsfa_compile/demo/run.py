@@ -79,6 +79,7 @@ def run(settings: Settings, console: Console) -> Outcome:
     clock = Clock(console)
     with clock.step("load the model"):
         loaded = load(settings.model, cache_dir() / "models", settings.device)
+    loaded.check_length(settings.tokens + settings.new_tokens)
     with torch.no_grad():
         outcome = _story(settings, loaded, clock)
     settings.output.mkdir(parents=True, exist_ok=True)

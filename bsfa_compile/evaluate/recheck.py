@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 import bsfa_compile as bsfa
 from bsfa_compile.calibrate.thresholds import check
@@ -33,8 +34,9 @@ def recheck_documents(
     given = bsfa.Thresholds.load(thresholds)
     tokens = length or max(given.lengths, default=_LENGTH)
     loaded = load(model, cache_dir() / "models", device)
+    loaded.check_length(tokens)
     check(given, loaded.model)
     settings = Settings(model=model, lengths=(tokens,), scored=1, text=text, device=device)
     found = pieces(loaded, settings, EVALUATION, tokens, count=documents)
     data = [sample(piece.input_ids) for piece in found]
-    return bsfa.recheck(loaded.model, data, given, progress=False)
+    return bsfa.recheck(loaded.model, data, given, progress=Console().is_terminal)

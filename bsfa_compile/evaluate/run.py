@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import platform
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import bsfa_compile as bsfa
 from bsfa_compile.calibrate import Target
+from bsfa_compile.calibrate.thresholds import check
 from bsfa_compile.errors import InputError
 from bsfa_compile.evaluate import corpora, layers
 from bsfa_compile.evaluate.corpora import CODE, EVALUATION, PROSE, Piece
@@ -58,8 +60,10 @@ class Settings:
         if not self.lengths or not 0 < self.scored < min(self.lengths):
             raise InputError(
                 f"--scored must be at least 1 and less than every length, got {self.scored} of "
-                f"{', '.join(map(str, self.lengths))}"
+                f"{', '.join(map(str, self.lengths))}: pass a smaller --scored or longer inputs"
             )
+        if self.inner not in torch._dynamo.list_backends(exclude_tags=()):
+            raise InputError(f"--inner: no backend {self.inner!r}; wanted eager or inductor")
 
 
 def run(
@@ -74,9 +78,7 @@ def run(
         # Where transformers allows it: a traced model builds the Lq x Lk mask, gigabytes at 32k.
         with contextlib.suppress(ValueError):
             loaded.model.set_attn_implementation("bsfa")
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and max(settings.lengths) > limit:
-        raise InputError(f"--lengths: the model takes {limit} tokens, got {max(settings.lengths)}")
+    loaded.check_length(max(settings.lengths))
     with torch.no_grad(), float32_head(loaded.model):
         evaluation = evaluate(loaded, settings, console, keep)
     return evaluation, loaded
@@ -89,10 +91,19 @@ def evaluate(
     keep: Callable[[Evaluation], object] | None = None,
 ) -> Evaluation:
     """Evaluate a loaded model; progress is printed to the console. keep: see `run`."""
-    rules, calibrated_on = _solved(loaded, settings, console) if settings.targets else ({}, [])
-    rules |= from_files(settings.thresholds)
-    if not rules:
+    if not settings.targets and not settings.thresholds:
         raise InputError("nothing to evaluate: pass --targets or --thresholds")
+    # What is wrong with files and texts is told before the long work.
+    given = from_files(settings.thresholds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that weights differ is said where they are applied
+        for thresholds in given.values():
+            check(thresholds, loaded.model)
+    lengths = dict.fromkeys(settings.lengths)
+    drawn = {n: pieces(loaded, settings, EVALUATION, n, count=settings.documents) for n in lengths}
+    questions = {n: prompts(loaded, settings, n) for n in lengths}
+    rules, calibrated_on = _solved(loaded, settings, console) if settings.targets else ({}, [])
+    rules |= given
     points, named = list[Point](), dict[int, tuple[str, ...]]()
     untraced = settings.inner == "eager" and attends_eagerly(loaded.model)
     known = dict.fromkeys(site for t in rules.values() for site in t.values)
@@ -114,21 +125,22 @@ def evaluate(
         )
 
     for length in settings.lengths:
-        documents = pieces(loaded, settings, EVALUATION, length, count=settings.documents)
+        documents, asked = drawn[length], questions[length]
         named[length] = tuple(f"{piece.genre}: {piece.name}" for piece in documents)
         bsfa.revert(loaded.model)
-        console.print(f"{length} tokens: dense, {len(documents)} documents")
-        asked = prompts(loaded, settings, length)
-        judge = Judge(loaded, documents, asked, settings.scored, settings.batch)
-        first = functools.partial(loaded.model, **sample(documents[0].input_ids))
-        dense = layers.outputs(loaded.model, sites, first)
+        step = f"{length} tokens: dense, {len(documents)} documents, {len(asked)} prompts"
+        console.print(step)
+        with console.status(step):
+            judge = Judge(loaded, documents, asked, settings.scored, settings.batch)
+            first = functools.partial(loaded.model, **sample(documents[0].input_ids))
+            dense = layers.outputs(loaded.model, sites, first)
         for name, thresholds in rules.items():
             console.print(f"{length} tokens: {name}")
-            use(loaded.model, thresholds, settings.inner)
-            judged = judge.documents()
-            dropped, candidates = tiles(loaded.model)
-            points.append(
-                Point(
+            with console.status(f"{length} tokens: {name}"):
+                use(loaded.model, thresholds, settings.inner)
+                judged = judge.documents()
+                dropped, candidates = tiles(loaded.model)
+                point = Point(
                     rule=name,
                     gate=thresholds.gate,
                     precision=thresholds.precision,
@@ -141,7 +153,7 @@ def evaluate(
                     scores=judge.scores(),
                     layer_errors=layers.errors(loaded.model, dense, first),
                 )
-            )
+            points.append(point)
             if keep is not None:
                 keep(found())
     return found()
@@ -168,13 +180,13 @@ def _solved(
     apart = 2 if searched else 1
     data = [sample(piece.input_ids) for genre in genres for piece in genre[::apart]]
     console.print(f"calibrating on {len(data)} documents")
-    calibration = bsfa.calibrate(loaded.model, data, progress=False)
+    calibration = bsfa.calibrate(loaded.model, data, progress=console.is_terminal)
     rules = {}
     for target in settings.targets:
         if isinstance(target, bsfa.Quality):
             console.print(f"searching for {target} on {len(own)} documents")
             goal = replace(target, scored=min(target.scored, longest - 1))
-            found = bsfa.search(loaded.model, calibration, goal, own, progress=False)
+            found = bsfa.search(loaded.model, calibration, goal, own, progress=console.is_terminal)
             console.print(str(found.proof), highlight=False)
         else:
             found = calibration.thresholds(target)

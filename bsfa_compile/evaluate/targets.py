@@ -17,7 +17,7 @@ _KINDS: dict[str, Callable[[str], Target | Quality]] = {
 }
 
 
-def parse_targets(text: str) -> list[Target | Quality]:
+def parse_targets(text: str, option: str = "--targets") -> list[Target | Quality]:
     """Targets from "budget=0.03,sparsity=0.7,nll=0.01". Raises InputError for anything else."""
     found = []
     for part in filter(None, text.split(",")):
@@ -25,9 +25,10 @@ def parse_targets(text: str) -> list[Target | Quality]:
         try:
             found.append(_KINDS[kind](value))
         except (KeyError, ValueError) as error:
+            why = f" ({error})" if kind in _KINDS else ""
             raise InputError(
-                f"--targets: {part!r} is none; wanted budget=EPS, sparsity=FRACTION, topk=K, "
-                "nll=NATS or kl=NATS, separated by commas"
+                f"{option}: {part.strip()!r} is no target{why}; wanted budget=EPS, "
+                "sparsity=FRACTION, topk=K, nll=NATS or kl=NATS, separated by commas"
             ) from error
     return found
 
@@ -37,7 +38,7 @@ def from_files(files: Sequence[Path]) -> dict[str, Thresholds]:
     rules = {}
     for path in files:
         try:
-            rules[path.stem] = Thresholds.load(path)
+            rules[str(path) if path.stem in rules else path.stem] = Thresholds.load(path)
         except OSError as error:
             raise InputError(f"--thresholds {path}: cannot be read ({error})") from error
     return rules

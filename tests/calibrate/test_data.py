@@ -34,6 +34,16 @@ class _Stream(IterableDataset[Tensor]):
         return iter(IDS)
 
 
+def test_a_list_is_looked_at_before_any_work() -> None:
+    with pytest.raises(InputError, match=r"held_out\[1\] is a str"):
+        samples([IDS, "text"], "held_out")
+    with pytest.raises(InputError, match='return_tensors="pt"'):
+        samples([{"input_ids": [[1, 2]]}])
+    used = iter(())
+    with pytest.raises(CalibrationError, match=r"held_out is empty.*read once"):
+        samples(used, "held_out").read()
+
+
 def test_one_input() -> None:
     (args, kwargs), *rest = _calls(IDS)
     assert args[0] is IDS and not kwargs and not rest

@@ -31,6 +31,19 @@ from bsfa_compile.ops.tiles import Geometry
 PRINT = Fingerprint(structure="ab", weights="cd")
 
 
+def test_a_folder_takes_them_and_one_that_is_not_there_is_named(tmp_path: Path) -> None:
+    made = Thresholds(values={"a": torch.zeros(2, 1)}, target="Budget(eps=0.1)", dropped=0.25)
+    made.save(tmp_path)
+    assert Thresholds.load(tmp_path).equal(made)
+    assert repr(made) == (
+        "Thresholds(1 sites, Budget(eps=0.1), gate relative, 25.0% of tiles dropped)"
+    )
+    with pytest.raises(FileNotFoundError, match=r"no such folder to save into.*/b'"):
+        made.save(tmp_path / "b" / "t.safetensors")
+    with pytest.raises(ThresholdsError, match=r"float32.*got list"):
+        Thresholds(values={"a": [1.0]})  # type: ignore[dict-item]
+
+
 @pytest.fixture(scope="module", name="calibration")
 def make_calibration(
     observed: Callable[..., SiteStatistics], inputs: Callable[..., tuple[Tensor, Tensor]]
