@@ -120,3 +120,18 @@ def expected(model: nn.Module, given: Thresholds, x: Tensor) -> tuple[Tensor, di
 def skipped(model: Any) -> dict[str, float | None]:
     """Achieved skip rates of the rewritten sites."""
     return {site.name: site.skipped for site in bsfa.report(model).sites if site.rewritten}
+
+
+def traces(model: nn.Module) -> dict[str, Any]:
+    """Everything that an optimization could leave behind, by module."""
+    return {
+        name: (
+            sorted(vars(module)),
+            sorted(module._buffers),
+            sorted(module._non_persistent_buffers_set),
+            len(module._forward_pre_hooks),
+            len(module._forward_hooks),
+            module.training,
+        )
+        for name, module in model.named_modules()
+    }
