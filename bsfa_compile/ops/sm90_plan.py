@@ -25,7 +25,7 @@ MARKS = 256  # where in the workspace lie the masks of what int8 leaves undecide
 _MOST_LISTED = 2**24  # rows of 16 keys that int8 may leave undecided; what is beyond is marked
 # Bytes that CTAs work on at a time. More than the L2 cache holds: all CTAs walk K in step, so what
 # one of them brings the others find.
-_GATE_SHARE, _ATTEND_SHARE = 20 * 2**20, 70 * 2**20
+_GATE_SHARE, _ATTEND_SHARE = 20 * 2**20, 34 * 2**20
 
 # Parameters of the kernels: formats of their structs, see `driver.Stage`.
 _MAP = "128s"

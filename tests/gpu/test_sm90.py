@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bsfa_compile.ops import reference, sm90
 from bsfa_compile.ops.tiles import unpack
-from tests.gpu.sm90_cases import INF, NAN, RELATIVE, Case, Run
+from tests.gpu.sm90_cases import FP16, INF, NAN, RELATIVE, Case, Run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
 
@@ -90,6 +90,27 @@ def test_graph_replays_with_other_thresholds() -> None:
         torch.cuda.synchronize()
         for a, b in zip(captured, run(), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("nats", [8.0, 14.0, 60.0, 95.0, 300.0])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(threshold=None, q_len=900),
+        Case(q_len=900, batch=2),
+        Case(q_len=900, dtype=FP16),
+        Case(threshold=None, causal=False, d=64, q_len=300, k_len=900, dtype=FP16),
+        Case(threshold=0.0, d=256, q_len=900),
+    ],
+    ids=str,
+)
+def test_late_score_far_above_the_first(case: Case, nats: float) -> None:
+    """Weights overflow where a row's maximum over its first step is taken for the whole."""
+    run = Run(case)
+    run.q[:, 1, ::4, 9] = 8.0
+    run.k[:, 0, 600, 9] = nats * case.d**0.5 / 8
+    run.k[:, 0, 400, 9] = nats * case.d**0.5 / 16
+    run.check()
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])

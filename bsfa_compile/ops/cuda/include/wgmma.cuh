@@ -13,6 +13,10 @@ template <int R> DEVICE void pin(float (&d)[R]) {
 #pragma unroll
   for (int i = 0; i < R; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
+template <int R> DEVICE void pin(u32 (&d)[R]) {
+#pragma unroll
+  for (int i = 0; i < R; i++) asm volatile("" : "+r"(d[i])::"memory");
+}
 template <int R> DEVICE void pin(int (&d)[R]) {
 #pragma unroll
   for (int i = 0; i < R; i++) asm volatile("" : "+r"(d[i])::"memory");

@@ -2,246 +2,34 @@
 //
 // A work item is one q block (128 rows) of one head. Warp 0 of warpgroup 0 is the loader: it takes
 // items off a counter and brings STEP_TILES tiles of K and V at a time, which need not be
-// neighbours: the lowest listed one first, then from the last one downwards. The lowest holds the
-// attention sink, if there is one: a row's maximum is then known from the start, and its largest
-// weight is exactly 1 (a maximum that lags would have it rounded to 16 bits). Warpgroups 1 and 2 own 64
-// rows each and never branch on the data: in a step QK of this step and PV of the last one run on
-// the tensor cores while the softmax is computed, and the two warpgroups take turns to issue. The
-// output is rescaled only when a row's maximum grew by more than 2^8.
+// neighbours: the lowest listed one first, which holds the attention sink if there is one, then
+// from the last one downwards. Warpgroups 1 and 2 own 64 rows each and take turns to issue. In a
+// step QK of this step and PV of the last one are queued; while they run, the scores become weights
+// in registers of their own, so that nothing between two PV but QK has to wait.
+//
+// FIXED: exponents are relative to a row's maximum over its first step, for the whole item. Nothing
+// is lost by that, floating point being relative, unless a later score is so much larger that the
+// weights overflow. Then the sum of weights says so, and the item is done again, with maxima that
+// are followed: the output is rescaled when a row's maximum grew by more than 2^GROW.
 //
 // Macros: HEAD_DIM, VALUE_DIM, BF16, CAUSAL, WINDOW, PADDED, SOFTCAP, LIST.
-#include "base.cuh"
+#include "attend_items.cuh"
 #include "gather.cuh"
-#include "mbarrier.cuh"
 #include "numeric.cuh"
-#include "spans.cuh"
-#include "tma.cuh"
 #include "warps.cuh"
 #include "wgmma.cuh"
 
-#define Q_SLABS ((HEAD_DIM + 63) / 64)
-#define K_STEPS ((HEAD_DIM + 15) / 16)
-#define V_SLABS ((VALUE_DIM + 63) / 64)
-#define V_COLUMNS (VALUE_DIM <= 64 ? 64 : VALUE_DIM <= 96 ? 96 : (VALUE_DIM + 63) / 64 * 64)
-#define STEP_TILES (HEAD_DIM <= 128 && VALUE_DIM <= 128 ? 2 : 1)
-#define STEP_KEYS (STEP_TILES * BLOCK_K)
-#define SCORES (STEP_KEYS / 2)   // accumulators a thread
-#define OUTPUTS (V_COLUMNS / 2)
-#define Q_STAGES (HEAD_DIM <= 128 ? 2 : 1)
-#define Q_BYTES (Q_SLABS * BLOCK_Q * 128)
-#define K_BYTES (Q_SLABS * STEP_KEYS * 128)
-#define V_BYTES (V_SLABS * STEP_KEYS * 128)
+// A lane of each warpgroup: 504 in all. Reading a list takes more.
+#define LOADER_REGISTERS (LIST ? 56 : 40)
+#define CONSUMER_REGISTERS (LIST ? 224 : 232)
 #define GROW 8.f
 #define START (-3.402823466e38f)  // running maximum before any key: finite, so that no NaN arises
-
-// Step word: tile in bits 0-14, second tile in 15-29, bit 30: some score is hidden.
-#define NO_TILE 0x7fff
-#define TILE_BITS 15
-#define CUT_BIT (1u << 30)
-
-#define K_FULL 0
-#define K_EMPTY 16
-#define V_FULL 32
-#define V_EMPTY 48
-#define Q_FULL 64
-#define Q_EMPTY 80
-#define ITEM_FULL 96
-#define ITEM_EMPTY 112
-#define ITEM 128
-#define STEP 192
-#define Q_AT 1024
-#define K_AT (Q_AT + Q_STAGES * Q_BYTES)
-#define V_AT (K_AT + 2 * K_BYTES)
-
-struct Params {
-  Shape shape;
-  Order order;
-  const u32* mask_gmem;  // LIST: [B, H, rows, words]
-  u16* out_gmem;         // [B, Lq, H, VALUE_DIM]
-  float* lse_gmem;       // [B, H, Lq]
-  const float* sinks_gmem;  // [H]: one more logit a row, natural-log units; null: none
-  int* counter_gmem;     // zero on entry
-  int heads, kv_heads, items;
-  float scale, softcap;
-};
-
-struct Item {
-  Span span;
-  int row, head, kv_head, batch;  // mask row
-};
-
-DEVICE Item item_of(const Params& p, int q_start, int item) {
-  const int per_kv = p.heads / p.kv_heads;
-  const int2 place = place_of(p.order, p.shape.rows * per_kv, item);
-  Item r;
-  r.batch = place.y / p.kv_heads;
-  r.kv_head = place.y % p.kv_heads;
-  r.head = r.kv_head * per_kv + place.x % per_kv;
-  r.row = p.shape.rows - 1 - place.x / per_kv;
-  r.span = span_of(p.shape, q_start, r.row);
-  return r;
-}
-
-// The tiles of one item: the lowest, and the others in descending order. All lanes of the loader's
-// warp call together; 32 mask words at a time live in the lanes.
-struct Tiles {
-  const u32* row_gmem;
-  u32 word, current;
-  int chunk, index, next, count, words, lowest;
-
-  // The part of a mask row that lies in the lanes at first, read an item ahead.
-  static DEVICE u32 first_words(const Params& p, const Item& item, int lane) {
-    const int w = (p.shape.words - 1) / 32 * 32 + lane;
-    if (!LIST || w >= p.shape.words) return 0;
-    return row_of(p, item)[w];
-  }
-  static DEVICE const u32* row_of(const Params& p, const Item& item) {
-    return p.mask_gmem +
-           (((i64)item.batch * p.heads + item.head) * p.shape.rows + item.row) * p.shape.words;
-  }
-  DEVICE void begin(const Params& p, const Item& item, u32 first, int lane) {
-    next = item.span.tile_hi - 1;
-    count = item.span.tile_hi - item.span.tile_lo;
-    lowest = item.span.tile_lo;
-#if LIST
-    words = p.shape.words;
-    row_gmem = row_of(p, item);
-    chunk = (words - 1) / 32;
-    count = __popc(first);
-    lowest = first ? (chunk * 32 + lane) * 32 + __ffs(first) - 1 : NO_TILE;
-    for (int w = chunk * 32 + lane - 32; w >= 0; w -= 32) {
-      const u32 more = row_gmem[w];
-      count += __popc(more);
-      if (more) lowest = w * 32 + __ffs(more) - 1;
-    }
-    count = __reduce_add_sync(FULL_WARP, count);
-    lowest = __reduce_min_sync(FULL_WARP, lowest);
-    word = first;
-    index = 31;
-    current = __shfl_sync(FULL_WARP, word, 31);
-#endif
-  }
-  DEVICE void fetch(int lane) {
-    const int w = chunk * 32 + lane;
-    word = w < words ? row_gmem[w] : 0;
-    index = 31;
-    current = __shfl_sync(FULL_WARP, word, 31);
-  }
-  DEVICE int pop(int lane) {  // never more often than count - 1 times
-#if !LIST
-    return next--;
-#else
-    while (current == 0) {
-      if (index == 0) {
-        chunk--;
-        fetch(lane);
-      } else {
-        current = __shfl_sync(FULL_WARP, word, --index);
-      }
-    }
-    const int bit = 31 - __clz(current);
-    current ^= 1u << bit;
-    return (chunk * 32 + index) * 32 + bit;
-#endif
-  }
-};
-
-DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap* k_map,
-                       const TensorMap* v_map, u32 smem) {
-  const int lane = threadIdx.x & 31, q_start = start_of(p.shape);
-  int upcoming = 0, step = 0, loaded = 0;
-  Item next;
-  u32 next_words = 0;
-  auto look_ahead = [&]() {
-    if (lane == 0) upcoming = atomicAdd(p.counter_gmem, 1);
-    upcoming = __shfl_sync(FULL_WARP, upcoming, 0);
-    if (upcoming >= p.items) return;
-    next = item_of(p, q_start, upcoming);
-    next_words = Tiles::first_words(p, next, lane);
-  };
-  look_ahead();
-  for (int it = 0;;) {
-    const int current = upcoming;
-    Item item = {};
-    Tiles tiles;
-    tiles.count = 0;
-    if (current < p.items) {
-      item = next;
-      if (item.span.empty()) {  // a mask row that no query touches
-        look_ahead();
-        continue;
-      }
-      tiles.begin(p, item, next_words, lane);
-    }
-    const int s = it & 1, qs = loaded % Q_STAGES;
-    if (lane == 0) {
-      barrier_wait(smem + ITEM_EMPTY + 8 * s, (it >> 1 & 1) ^ 1);
-      const u32 record = smem + ITEM + 32 * s;
-      store_shared(record, current < p.items ? tiles.count : -1);
-      store_shared(record + 4, item.row);
-      store_shared(record + 8, item.head);
-      store_shared(record + 12, item.batch);
-      barrier_arrive(smem + ITEM_FULL + 8 * s);
-    }
-    __syncwarp();
-    if (current >= p.items) break;
-    if (lane == 0 && tiles.count > 0) {
-      barrier_wait(smem + Q_EMPTY + 8 * qs, (loaded / Q_STAGES & 1) ^ 1);
-      barrier_expect(smem + Q_FULL + 8 * qs, Q_BYTES);
-      for (int d = 0; d < Q_SLABS; d++)
-        tma_load(smem + Q_AT + qs * Q_BYTES + d * BLOCK_Q * 128, q_map, smem + Q_FULL + 8 * qs,
-                 d * 64, item.span.row0, item.head, item.batch);
-    }
-    __syncwarp();
-    const int steps = (tiles.count + STEP_TILES - 1) / STEP_TILES;
-    loaded += steps > 0;
-    int previous[STEP_TILES] = {};
-    for (int n = 0; n <= steps; n++) {
-      if (n == 1) look_ahead();  // hides the atomic and the read of the mask
-      int pair[STEP_TILES];
-      u32 word = 0;
-#pragma unroll
-      for (int t = 0; t < STEP_TILES; t++) {
-        pair[t] = NO_TILE;
-        if (n < steps && n * STEP_TILES + t < tiles.count)
-          pair[t] = n + t == 0 ? tiles.lowest : tiles.pop(lane);
-        if (pair[t] == NO_TILE || cut(p.shape, item.span, item.batch, pair[t])) word |= CUT_BIT;
-        word |= (u32)pair[t] << t * TILE_BITS;
-      }
-      if (lane == 0 && n < steps) {
-        const int st = (step + n) & 1;
-        const u32 full = smem + K_FULL + 8 * st, to = smem + K_AT + st * K_BYTES;
-        barrier_wait(smem + K_EMPTY + 8 * st, ((step + n) >> 1 & 1) ^ 1);
-        store_shared(smem + STEP + 4 * st, word);
-        barrier_expect(full, K_BYTES);
-#pragma unroll
-        for (int d = 0; d < Q_SLABS; d++)
-#pragma unroll
-          for (int t = 0; t < STEP_TILES; t++)
-            tma_load(to + (d * STEP_KEYS + t * BLOCK_K) * 128, k_map, full, d * 64,
-                     pair[t] * BLOCK_K, item.kv_head, item.batch);
-      }
-      if (lane == 0 && n > 0) {
-        const int m = step + n - 1, st = m & 1;
-        const u32 full = smem + V_FULL + 8 * st, to = smem + V_AT + st * V_BYTES;
-        barrier_wait(smem + V_EMPTY + 8 * st, (m >> 1 & 1) ^ 1);
-        barrier_expect(full, V_BYTES);
-#pragma unroll
-        for (int d = 0; d < V_SLABS; d++)
-#pragma unroll
-          for (int t = 0; t < STEP_TILES; t++)
-            tma_load(to + (d * STEP_KEYS + t * BLOCK_K) * 128, v_map, full, d * 64,
-                     previous[t] * BLOCK_K, item.kv_head, item.batch);
-      }
-      __syncwarp();
-#pragma unroll
-      for (int t = 0; t < STEP_TILES; t++) previous[t] = pair[t];
-    }
-    if (steps == 0) look_ahead();
-    step += steps;
-    it++;
-  }
-}
+// Where every row sees a key of its first step.
+#define FIXED (!WINDOW && !PADDED)
+// The largest weight of a first step is 2^-ROOM, a sum of 2^MOST too large: 87 nats more than the
+// first maximum, and an output in bf16 overflows only if V exceeds 2^60. In fp16 11 nats.
+#define ROOM (BF16 ? 60.f : 0.f)
+#define MOST (BF16 ? 0x1p66f : 0x1p15f)
 
 DEVICE void multiply_qk(float (&s)[SCORES], u32 q, u32 k) {
 #pragma unroll
@@ -324,6 +112,123 @@ DEVICE void pack(const float (&s)[SCORES], u32 (&weights)[SCORES / 2]) {
   for (int i = 0; i < SCORES / 2; i++) weights[i] = pack_16bit(s[2 * i], s[2 * i + 1]);
 }
 
+// What a consumer thread holds of an item: two rows' maxima m (log2 units) and sums of weights l,
+// their scores s and outputs o.
+struct Rows {
+  u32 smem, q, q_empty;
+  int wg, lane, position, batch, step, steps;  // step: of all items, the item's first
+  float factor, m0, m1, l0, l1;
+  float s[SCORES], o[OUTPUTS];
+
+  DEVICE void begin_item(int first_position, int batch_row, int its_steps) {
+    position = first_position;
+    batch = batch_row;
+    steps = its_steps;
+    l0 = l1 = 0.f;
+    m0 = m1 = START;
+#pragma unroll
+    for (int i = 0; i < OUTPUTS; i++) o[i] = 0.f;
+  }
+  DEVICE int stage(int n) const { return step + n & 1; }
+  DEVICE int phase(int n) const { return step + n >> 1 & 1; }
+  DEVICE void wait_for_k(int n) { barrier_wait(smem + K_FULL + 8 * stage(n), phase(n)); }
+  DEVICE void pass_turn() { named_arrive(1 + (wg ^ 1), 256); }
+  // Queues QK of step n; returns its word.
+  DEVICE u32 begin_step(int n) {
+    const u32 word = load_shared(smem + STEP + 4 * stage(n));
+    named_sync(1 + wg, 256);
+    wgmma_fence();
+    multiply_qk(s, q, smem + K_AT + stage(n) * K_BYTES);
+    return word;
+  }
+  // The scores of step n are there.
+  DEVICE void take_scores(const Params& p, int n, u32 word) {
+    pin(s);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(smem + K_EMPTY + 8 * stage(n));
+    if (SOFTCAP) cap(s, p.scale, p.softcap);
+    if (word & CUT_BIT) hide(s, p.shape, batch, word, position, lane);
+  }
+  DEVICE void begin_pv(int n, const u32 (&weights)[SCORES / 2]) {
+    barrier_wait(smem + V_FULL + 8 * stage(n), phase(n));
+    multiply_pv(o, weights, smem + V_AT + stage(n) * V_BYTES);
+  }
+  DEVICE void end_pv(int n) {
+    wgmma_wait<0>();
+    pin(o);
+    if (lane == 0) barrier_arrive(smem + V_EMPTY + 8 * stage(n));
+  }
+
+  // The first step. room: see ROOM.
+  DEVICE void start(const Params& p, float room, u32 (&weights)[SCORES / 2]) {
+    wait_for_k(0);
+    const u32 word = begin_step(0);
+    pass_turn();
+    wgmma_wait<0>();
+    take_scores(p, 0, word);
+    float a, b;
+    row_max(s, a, b);
+    m0 = fmaxf(m0, quad_max(a) * factor + room);
+    m1 = fmaxf(m1, quad_max(b) * factor + room);
+    exponentials(s, factor, m0, m1, l0, l1);
+    pack(s, weights);
+    if (steps > 1) wait_for_k(1);
+  }
+  // Step n > 0: its scores become `fresh` while PV of step n - 1 takes `old`.
+  template <bool FOLLOW>
+  DEVICE void advance(const Params& p, int n, const u32 (&old)[SCORES / 2],
+                      u32 (&fresh)[SCORES / 2]) {
+    const u32 word = begin_step(n);
+    begin_pv(n - 1, old);
+    pass_turn();
+    wgmma_wait<1>();
+    take_scores(p, n, word);
+    float a, b, e0 = 1.f, e1 = 1.f;
+    bool grow = false;
+    if (FOLLOW) {
+      row_max(s, a, b);
+      grow = __any_sync(FULL_WARP, fmaxf(fmaf(a, factor, -m0), fmaf(b, factor, -m1)) > GROW);
+    }
+    if (grow) {
+      const float n0 = fmaxf(m0, quad_max(a) * factor), n1 = fmaxf(m1, quad_max(b) * factor);
+      e0 = exp2_approx(m0 - n0);
+      e1 = exp2_approx(m1 - n1);
+      m0 = n0;
+      m1 = n1;
+      l0 *= e0;
+      l1 *= e1;
+    }
+    exponentials(s, factor, m0, m1, l0, l1);
+    pack(s, fresh);
+    pin(fresh);
+    // A loop stands between weights and wait: the compiler would wait first, and the tensor cores
+    // stand still until the weights are there.
+    if (n + 1 < steps) wait_for_k(n + 1);
+    end_pv(n - 1);
+    if (grow) {
+#pragma unroll
+      for (int i = 0; i < OUTPUTS; i++) o[i] *= i & 2 ? e1 : e0;
+    }
+  }
+  DEVICE void finish(const u32 (&weights)[SCORES / 2]) {
+    if (lane == 0) barrier_arrive(q_empty);
+    begin_pv(steps - 1, weights);
+    end_pv(steps - 1);
+    step += steps;
+  }
+  // All steps after the first.
+  template <bool FOLLOW> DEVICE void walk(const Params& p, u32 (&weights)[SCORES / 2]) {
+    u32 others[SCORES / 2];
+#pragma unroll 1
+    for (int n = 1;; n += 2) {
+      if (n == steps) return finish(weights);
+      advance<FOLLOW>(p, n, weights, others);
+      if (n + 1 == steps) return finish(others);
+      advance<FOLLOW>(p, n + 1, others, weights);
+    }
+  }
+};
+
 extern "C" __global__ void __launch_bounds__(384, 1)
     attend(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
            const __grid_constant__ TensorMap v_map, const __grid_constant__ Params p) {
@@ -338,8 +243,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       barrier_init(smem + V_EMPTY + 8 * i, 8);
       barrier_init(smem + Q_FULL + 8 * i, 1);
       barrier_init(smem + Q_EMPTY + 8 * i, 8);
+    }
+    for (int i = 0; i < RECORDS; i++) {
       barrier_init(smem + ITEM_FULL + 8 * i, 1);
-      barrier_init(smem + ITEM_EMPTY + 8 * i, 256);
+      barrier_init(smem + ITEM_EMPTY + 8 * i, 8);
     }
     barrier_init_done();
   }
@@ -347,115 +254,51 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   allow_next_kernel();
   wait_for_previous_kernel();
   if (warpgroup == 0) {
-    registers_down<56>();
+    registers_down<LOADER_REGISTERS>();
     if (threadIdx.x < 32) load_items(p, &q_map, &k_map, &v_map, smem);
     return;
   }
-  registers_up<224>();
+  registers_up<CONSUMER_REGISTERS>();
   const int wg = warpgroup - 1, lane = threadIdx.x & 31;
   const int row = wg * 64 + (threadIdx.x >> 5 & 3) * 16 + (lane >> 2);
   const int q_start = start_of(p.shape);
-  const float factor = SOFTCAP ? LOG2E : p.scale * LOG2E;
-  int step = 0;
+  Rows x;
+  x.smem = smem;
+  x.wg = wg;
+  x.lane = lane;
+  x.factor = SOFTCAP ? LOG2E : p.scale * LOG2E;
+  x.step = 0;
   if (wg == 1) named_arrive(1, 256);  // warpgroup 0 issues first
   for (int it = 0, loaded = 0;; it++) {
-    const u32 record = smem + ITEM + 32 * (it & 1);
-    barrier_wait(smem + ITEM_FULL + 8 * (it & 1), it >> 1 & 1);
+    const u32 record = record_of(smem, it);
+    barrier_wait(smem + ITEM_FULL + 8 * (it % RECORDS), it / RECORDS & 1);
     const int count = load_shared(record);
     Item item;
     item.row = load_shared(record + 4);
     item.head = load_shared(record + 8);
     item.batch = load_shared(record + 12);
-    barrier_arrive(smem + ITEM_EMPTY + 8 * (it & 1));
+    const bool careful = !FIXED || load_shared(record + CAREFUL);
     if (count < 0) break;
     item.span = span_of(p.shape, q_start, item.row);
-    const int position = item.span.low + row, steps = (count + STEP_TILES - 1) / STEP_TILES;
-    float o[OUTPUTS], l0 = 0.f, l1 = 0.f, m0 = START, m1 = START;
-#pragma unroll
-    for (int i = 0; i < OUTPUTS; i++) o[i] = 0.f;
-    if (steps > 0) {
+    x.begin_item(item.span.low + row, item.batch, (count + STEP_TILES - 1) / STEP_TILES);
+    if (x.steps > 0) {
       const int qs = loaded % Q_STAGES;
-      const u32 q = smem + Q_AT + qs * Q_BYTES + wg * 8192;
-      float s[SCORES];
-      u32 weights[SCORES / 2];
       barrier_wait(smem + Q_FULL + 8 * qs, loaded / Q_STAGES & 1);
       loaded++;
-      {
-        const int st = step & 1;
-        barrier_wait(smem + K_FULL + 8 * st, step >> 1 & 1);
-        const u32 word = load_shared(smem + STEP + 4 * st);
-        named_sync(1 + wg, 256);
-        wgmma_fence();
-        multiply_qk(s, q, smem + K_AT + st * K_BYTES);
-        named_arrive(1 + (wg ^ 1), 256);
-        wgmma_wait<0>();
-        pin(s);
-        if (lane == 0) barrier_arrive(smem + K_EMPTY + 8 * st);
-        if (SOFTCAP) cap(s, p.scale, p.softcap);
-        if (word & CUT_BIT) hide(s, p.shape, item.batch, word, position, lane);
-        float a, b;
-        row_max(s, a, b);
-        m0 = fmaxf(m0, quad_max(a) * factor);
-        m1 = fmaxf(m1, quad_max(b) * factor);
-        exponentials(s, factor, m0, m1, l0, l1);
-        pack(s, weights);
-      }
-#pragma unroll 1
-      for (int n = 1; n < steps; n++) {
-        const int x = step + n, st = x & 1, y = x - 1, vt = y & 1;
-        barrier_wait(smem + K_FULL + 8 * st, x >> 1 & 1);
-        const u32 word = load_shared(smem + STEP + 4 * st);
-        named_sync(1 + wg, 256);
-        wgmma_fence();
-        multiply_qk(s, q, smem + K_AT + st * K_BYTES);
-        barrier_wait(smem + V_FULL + 8 * vt, y >> 1 & 1);
-        multiply_pv(o, weights, smem + V_AT + vt * V_BYTES);
-        named_arrive(1 + (wg ^ 1), 256);
-        wgmma_wait<1>();
-        pin(s);
-        if (lane == 0) barrier_arrive(smem + K_EMPTY + 8 * st);
-        if (SOFTCAP) cap(s, p.scale, p.softcap);
-        if (word & CUT_BIT) hide(s, p.shape, item.batch, word, position, lane);
-        float a, b, e0 = 1.f, e1 = 1.f;
-        row_max(s, a, b);
-        const bool grow =
-            __any_sync(FULL_WARP, fmaxf(fmaf(a, factor, -m0), fmaf(b, factor, -m1)) > GROW);
-        if (grow) {
-          const float n0 = fmaxf(m0, quad_max(a) * factor), n1 = fmaxf(m1, quad_max(b) * factor);
-          e0 = exp2_approx(m0 - n0);
-          e1 = exp2_approx(m1 - n1);
-          m0 = n0;
-          m1 = n1;
-          l0 *= e0;
-          l1 *= e1;
-        }
-        exponentials(s, factor, m0, m1, l0, l1);
-        // The compiler moves this wait above most exponentials; holding it here was 5 % slower:
-        // the other warpgroup's work covers them.
-        wgmma_wait<0>();
-        pin(o);
-        if (lane == 0) barrier_arrive(smem + V_EMPTY + 8 * vt);
-        pack(s, weights);
-        if (grow) {
-#pragma unroll
-          for (int i = 0; i < OUTPUTS; i++) o[i] *= i & 2 ? e1 : e0;
-        }
-      }
-      if (lane == 0) barrier_arrive(smem + Q_EMPTY + 8 * qs);
-      const int y = step + steps - 1, vt = y & 1;
-      barrier_wait(smem + V_FULL + 8 * vt, y >> 1 & 1);
-      multiply_pv(o, weights, smem + V_AT + vt * V_BYTES);
-      wgmma_wait<0>();
-      pin(o);
-      if (lane == 0) barrier_arrive(smem + V_EMPTY + 8 * vt);
-      step += steps;
+      x.q = smem + Q_AT + qs * Q_BYTES + wg * 8192;
+      x.q_empty = smem + Q_EMPTY + 8 * qs;
+      u32 weights[SCORES / 2];
+      x.start(p, careful ? 0.f : ROOM, weights);
+      if (careful) x.walk<true>(p, weights);
+      else x.walk<false>(p, weights);
     }
-    l0 = quad_sum(l0);
-    l1 = quad_sum(l1);
+    const float l0 = quad_sum(x.l0), l1 = quad_sum(x.l1);
+    if (!careful && __any_sync(FULL_WARP, !(l0 < MOST && l1 < MOST)))
+      store_shared(record + OVERFLOWED, 1);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int at = item.span.row0 + row + 8 * r;
-      const float l = r ? l1 : l0, m = r ? m1 : m0;
+      const float l = r ? l1 : l0, m = r ? x.m1 : x.m0;
       float inverse = l == 0.f ? 0.f : 1.f / l, total = l == 0.f ? NEG_INF : m + log2_approx(l);
       if (p.sinks_gmem) {
         const float seen = total;
@@ -466,16 +309,20 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       uint4* out = (uint4*)out_row(p, item, at);
 #pragma unroll
       for (int i = 0; i < OUTPUTS / 4; i += 4) {
-        u32 x[4];
+        u32 packed[4];
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-          x[e] = pack_16bit(o[(i + e) * 4 + 2 * r] * inverse, o[(i + e) * 4 + 2 * r + 1] * inverse);
-        const uint4 eight = gather_quad(x, lane);
+        for (int e = 0; e < 4; e++) {
+          const int at_pair = (i + e) * 4 + 2 * r;
+          packed[e] = pack_16bit(x.o[at_pair] * inverse, x.o[at_pair + 1] * inverse);
+        }
+        const uint4 eight = gather_quad(packed, lane);
         if (inside && (i + (lane & 3)) * 8 < VALUE_DIM) out[i + (lane & 3)] = eight;
       }
       if (inside && (lane & 3) == 0)
         p.lse_gmem[((i64)item.batch * p.heads + item.head) * p.shape.q_len + at] = total * LN2;
     }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(smem + ITEM_EMPTY + 8 * (it % RECORDS));
   }
   if (wg == 0) named_sync(1, 256);  // takes up the last arrival, so that the barrier ends clean
 }
