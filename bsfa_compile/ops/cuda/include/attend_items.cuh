@@ -1,5 +1,5 @@
-// Work of attention: parameters, shared memory, and the warp that takes items and loads Q, K and V
-// for them. Macros of attend.cu.
+// Work of attention: parameters, shared memory, the warp that chooses items and the one that loads
+// Q, K and V for them. Macros of attend.cu.
 #include "base.cuh"
 #include "mbarrier.cuh"
 #include "spans.cuh"
@@ -33,12 +33,19 @@
 #define ITEM_EMPTY 128
 #define STEP 160
 #define ITEM 192
-// An item's record: mask tiles, mask row, head, batch row; then whether its maxima must be followed,
-// whether its weights overflowed (the consumers say so), and its number.
-#define RECORDS 4
-#define CAREFUL 16
-#define OVERFLOWED 20
+// An item's record. Two of them: what a multiprocessor takes ahead nobody else can.
+#define RECORDS 2
+#define RECORD_BYTES 192
+#define COUNT 0  // tiles; negative: there is no item left
+#define ROW 4    // of the mask
+#define HEAD 8
+#define BATCH 12
+#define CAREFUL 16     // its maxima must be followed
+#define OVERFLOWED 20  // its weights did overflow: the consumers say so
 #define INDEX 24
+#define KV_HEAD 28
+#define LOWEST 32  // tile
+#define WORDS 64   // the 32 mask words that its tiles begin with
 #define Q_AT 1024
 #define K_AT (Q_AT + Q_STAGES * Q_BYTES)
 #define V_AT (K_AT + 2 * K_BYTES)
@@ -76,57 +83,24 @@ DEVICE Item item_of(const Params& p, int q_start, int item) {
 // warp call together; 32 mask words at a time live in the lanes.
 struct Tiles {
   const u32* row_gmem;
-  u32 word, current;
-  int chunk, index, next, count, words, lowest;
+  u32 word, left, current;  // a lane's word; words that are not visited; what is left of one
+  int chunk, index, next;
 
-  // The part of a mask row that lies in the lanes at first, read an item ahead.
-  static DEVICE u32 first_words(const Params& p, const Item& item, int lane) {
-    const int w = (p.shape.words - 1) / 32 * 32 + lane;
-    if (!LIST || w >= p.shape.words) return 0;
-    return row_of(p, item)[w];
+  DEVICE void take(u32 its_word) {
+    word = its_word;
+    left = __ballot_sync(FULL_WARP, word);
   }
-  static DEVICE const u32* row_of(const Params& p, const Item& item) {
-    return p.mask_gmem +
-           (((i64)item.batch * p.heads + item.head) * p.shape.rows + item.row) * p.shape.words;
-  }
-  DEVICE void begin(const Params& p, const Item& item, u32 first, int lane) {
-    next = item.span.tile_hi - 1;
-    count = item.span.tile_hi - item.span.tile_lo;
-    lowest = item.span.tile_lo;
-#if LIST
-    words = p.shape.words;
-    row_gmem = row_of(p, item);
-    chunk = (words - 1) / 32;
-    count = __popc(first);
-    lowest = first ? (chunk * 32 + lane) * 32 + __ffs(first) - 1 : NO_TILE;
-    for (int w = chunk * 32 + lane - 32; w >= 0; w -= 32) {
-      const u32 more = row_gmem[w];
-      count += __popc(more);
-      if (more) lowest = w * 32 + __ffs(more) - 1;
-    }
-    count = __reduce_add_sync(FULL_WARP, count);
-    lowest = __reduce_min_sync(FULL_WARP, lowest);
-    word = first;
-    index = 31;
-    current = __shfl_sync(FULL_WARP, word, 31);
-#endif
-  }
-  DEVICE void fetch(int lane) {
-    const int w = chunk * 32 + lane;
-    word = w < words ? row_gmem[w] : 0;
-    index = 31;
-    current = __shfl_sync(FULL_WARP, word, 31);
-  }
-  DEVICE int pop(int lane) {  // never more often than count - 1 times
+  DEVICE int pop(int lane) {  // never more often than there are tiles but the lowest
 #if !LIST
     return next--;
 #else
     while (current == 0) {
-      if (index == 0) {
-        chunk--;
-        fetch(lane);
+      if (left) {
+        index = 31 - __clz(left);
+        left ^= 1u << index;
+        current = __shfl_sync(FULL_WARP, word, index);
       } else {
-        current = __shfl_sync(FULL_WARP, word, --index);
+        take(row_gmem[--chunk * 32 + lane]);  // not the top one: it exists
       }
     }
     const int bit = 31 - __clz(current);
@@ -136,89 +110,136 @@ struct Tiles {
   }
 };
 
-// Item record `it`, in shared memory.
-DEVICE u32 record_of(u32 smem, int it) { return smem + ITEM + 32 * (it % RECORDS); }
+// The highest 32 words of a mask row that the span reaches.
+DEVICE int top_chunk(const Span& span) { return max(span.tile_hi - 1, 0) / 1024; }
 
-// Waits until record `it` may be written, and says which item must be done again: the one that had
-// this record before or, where no new item is left, any that is still under way. -1: none.
-DEVICE int take_record(u32 smem, int it, bool none_left) {
-  barrier_wait(smem + ITEM_EMPTY + 8 * (it % RECORDS), (it / RECORDS & 1) ^ 1);
-  for (int j = max(it - RECORDS, 0); j < it; j++) {
-    if (j > it - RECORDS) {
-      if (!none_left) break;
-      barrier_wait(smem + ITEM_EMPTY + 8 * (j % RECORDS), j / RECORDS & 1);
-    }
-    const u32 record = record_of(smem, j);
-    if (!load_shared(record + OVERFLOWED)) continue;
-    __syncwarp();
-    store_shared(record + OVERFLOWED, 0);
-    return load_shared(record + INDEX);
+DEVICE const u32* mask_row(const Params& p, int batch, int head, int row) {
+  return p.mask_gmem + (((i64)batch * p.heads + head) * p.shape.rows + row) * p.shape.words;
+}
+
+// Item record `it`, in shared memory.
+DEVICE u32 record_of(u32 smem, int it) { return smem + ITEM + RECORD_BYTES * (it % RECORDS); }
+
+// Waits until the item that record `it` is of has ended. Its number if its weights overflowed, else
+// -1.
+DEVICE int overflowed(u32 smem, int it) {
+  if (it < 0) return -1;
+  const u32 record = record_of(smem, it);
+  barrier_wait(smem + ITEM_EMPTY + 8 * (it % RECORDS), it / RECORDS & 1);
+  const int index = load_shared(record + OVERFLOWED) ? (int)load_shared(record + INDEX) : -1;
+  __syncwarp();
+  store_shared(record + OVERFLOWED, 0);
+  return index;
+}
+
+// The next item of all that has rows. Its number, -1 if there is none left.
+DEVICE int claim(const Params& p, int q_start, int lane, Item& item) {
+  for (;;) {
+    int index = 0;
+    if (lane == 0) index = atomicAdd(p.counter_gmem, 1);
+    index = __shfl_sync(FULL_WARP, index, 0);
+    if (index >= p.items) return -1;
+    item = item_of(p, q_start, index);
+    if (!item.span.empty()) return index;  // else no query touches that mask row
   }
-  return -1;
+}
+
+// Writes the records of the items that this CTA does. A warp of its own, for it takes trips to
+// memory and divisions.
+DEVICE void choose_items(const Params& p, u32 smem) {
+  const int lane = threadIdx.x & 31, q_start = start_of(p.shape);
+  for (int it = 0;; it++) {
+    Item item;
+    int index = overflowed(smem, it - RECORDS);
+    bool careful = index >= 0;
+    if (!careful) index = claim(p, q_start, lane, item);
+    for (int j = it - RECORDS + 1; j < it && index < 0; j++) {
+      index = overflowed(smem, j);
+      careful = index >= 0;
+    }
+    if (careful) item = item_of(p, q_start, index);
+    int count = -1, lowest = NO_TILE;
+    u32 word = 0;
+    if (index >= 0) {
+#if LIST
+      const u32* row_gmem = mask_row(p, item.batch, item.head, item.row);
+      count = 0;
+      for (int chunk = 0; chunk <= top_chunk(item.span); chunk++) {
+        const int w = chunk * 32 + lane;
+        word = w < p.shape.words ? row_gmem[w] : 0;
+        count += __popc(word);
+        if (word) lowest = min(lowest, w * 32 + __ffs(word) - 1);
+      }
+      count = __reduce_add_sync(FULL_WARP, count);
+      lowest = __reduce_min_sync(FULL_WARP, lowest);
+#else
+      count = item.span.tile_hi - item.span.tile_lo;
+      lowest = item.span.tile_lo;
+#endif
+    }
+    const u32 record = record_of(smem, it);
+    store_shared(record + WORDS + 4 * lane, word);
+    if (lane == 0) {
+      store_shared(record + COUNT, count);
+      store_shared(record + ROW, item.row);
+      store_shared(record + HEAD, item.head);
+      store_shared(record + BATCH, item.batch);
+      store_shared(record + CAREFUL, careful);
+      store_shared(record + OVERFLOWED, 0);
+      store_shared(record + INDEX, index);
+      store_shared(record + KV_HEAD, item.kv_head);
+      store_shared(record + LOWEST, lowest);
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(smem + ITEM_FULL + 8 * (it % RECORDS));
+    if (index < 0) return;
+  }
 }
 
 DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap* k_map,
                        const TensorMap* v_map, u32 smem) {
   const int lane = threadIdx.x & 31, q_start = start_of(p.shape);
-  int upcoming = 0, step = 0, loaded = 0;
-  u32 next_words = 0;
-  // The next item that has rows, and the mask words that its tiles begin with.
-  auto look_ahead = [&]() {
-    Item next;
-    do {
-      if (lane == 0) upcoming = atomicAdd(p.counter_gmem, 1);
-      upcoming = __shfl_sync(FULL_WARP, upcoming, 0);
-      if (upcoming >= p.items) return;
-      next = item_of(p, q_start, upcoming);
-    } while (next.span.empty());
-    next_words = Tiles::first_words(p, next, lane);
-  };
-  look_ahead();
+  int step = 0, loaded = 0;
   for (int it = 0;; it++) {
-    const int again = take_record(smem, it, upcoming >= p.items);
-    const int current = again < 0 ? upcoming : again;
-    Item item = {};
-    Tiles tiles;
-    tiles.count = 0;
-    if (current < p.items) {
-      item = item_of(p, q_start, current);
-      tiles.begin(p, item, again < 0 ? next_words : Tiles::first_words(p, item, lane), lane);
-    }
-    const int qs = loaded % Q_STAGES;
-    if (lane == 0) {
-      const u32 record = record_of(smem, it);
-      store_shared(record, current < p.items ? tiles.count : -1);
-      store_shared(record + 4, item.row);
-      store_shared(record + 8, item.head);
-      store_shared(record + 12, item.batch);
-      store_shared(record + CAREFUL, again >= 0);
-      store_shared(record + OVERFLOWED, 0);
-      store_shared(record + INDEX, current);
-      barrier_arrive(smem + ITEM_FULL + 8 * (it % RECORDS));
-    }
+    const u32 record = record_of(smem, it);
+    barrier_wait(smem + ITEM_FULL + 8 * (it % RECORDS), it / RECORDS & 1);
+    const int count = load_shared(record + COUNT);
+    if (count < 0) return;
+    const int row = load_shared(record + ROW), head = load_shared(record + HEAD);
+    const int batch = load_shared(record + BATCH), kv_head = load_shared(record + KV_HEAD);
+    const int lowest = load_shared(record + LOWEST);
+    const Span span = span_of(p.shape, q_start, row);
+    Tiles tiles = {};
+    tiles.next = span.tile_hi - 1;
+#if LIST
+    tiles.row_gmem = mask_row(p, batch, head, row);
+    tiles.chunk = top_chunk(span);
+    tiles.take(load_shared(record + WORDS + 4 * lane));
+#endif
     __syncwarp();
-    if (current >= p.items) break;
-    if (lane == 0 && tiles.count > 0) {
+    if (lane == 0) barrier_arrive(smem + ITEM_EMPTY + 8 * (it % RECORDS));
+
+    const int qs = loaded % Q_STAGES;
+    if (lane == 0 && count > 0) {
       barrier_wait(smem + Q_EMPTY + 8 * qs, (loaded / Q_STAGES & 1) ^ 1);
       barrier_expect(smem + Q_FULL + 8 * qs, Q_BYTES);
       for (int d = 0; d < Q_SLABS; d++)
         tma_load(smem + Q_AT + qs * Q_BYTES + d * BLOCK_Q * 128, q_map, smem + Q_FULL + 8 * qs,
-                 d * 64, item.span.row0, item.head, item.batch);
+                 d * 64, span.row0, head, batch);
     }
     __syncwarp();
-    const int steps = (tiles.count + STEP_TILES - 1) / STEP_TILES;
+    const int steps = (count + STEP_TILES - 1) / STEP_TILES;
     loaded += steps > 0;
     int previous[STEP_TILES] = {};
     for (int n = 0; n <= steps; n++) {
-      if (n == 1 && again < 0) look_ahead();  // hides the atomic and the read of the mask
       int pair[STEP_TILES];
       u32 word = 0;
 #pragma unroll
       for (int t = 0; t < STEP_TILES; t++) {
         pair[t] = NO_TILE;
-        if (n < steps && n * STEP_TILES + t < tiles.count)
-          pair[t] = n + t == 0 ? tiles.lowest : tiles.pop(lane);
-        if (pair[t] == NO_TILE || cut(p.shape, item.span, item.batch, pair[t])) word |= CUT_BIT;
+        if (n < steps && n * STEP_TILES + t < count)
+          pair[t] = n + t == 0 ? lowest : tiles.pop(lane);
+        if (pair[t] == NO_TILE || cut(p.shape, span, batch, pair[t])) word |= CUT_BIT;
         word |= (u32)pair[t] << t * TILE_BITS;
       }
       if (lane == 0 && n < steps) {
@@ -232,7 +253,7 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
 #pragma unroll
           for (int t = 0; t < STEP_TILES; t++)
             tma_load(to + (d * STEP_KEYS + t * BLOCK_K) * 128, k_map, full, d * 64,
-                     pair[t] * BLOCK_K, item.kv_head, item.batch);
+                     pair[t] * BLOCK_K, kv_head, batch);
       }
       if (lane == 0 && n > 0) {
         const int m = step + n - 1, st = m & 1;
@@ -244,13 +265,12 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
 #pragma unroll
           for (int t = 0; t < STEP_TILES; t++)
             tma_load(to + (d * STEP_KEYS + t * BLOCK_K) * 128, v_map, full, d * 64,
-                     previous[t] * BLOCK_K, item.kv_head, item.batch);
+                     previous[t] * BLOCK_K, kv_head, batch);
       }
       __syncwarp();
 #pragma unroll
       for (int t = 0; t < STEP_TILES; t++) previous[t] = pair[t];
     }
-    if (steps == 0 && again < 0) look_ahead();
     step += steps;
   }
 }

@@ -1,11 +1,11 @@
 // Attention over a list of tiles: the kept ones of a tile mask, or (LIST = 0) all visible ones.
 //
-// A work item is one q block (128 rows) of one head. Warp 0 of warpgroup 0 is the loader: it takes
-// items off a counter and brings STEP_TILES tiles of K and V at a time, which need not be
-// neighbours: the lowest listed one first, which holds the attention sink if there is one, then
-// from the last one downwards. Warpgroups 1 and 2 own 64 rows each and take turns to issue. In a
-// step QK of this step and PV of the last one are queued; while they run, the scores become weights
-// in registers of their own, so that nothing between two PV but QK has to wait.
+// A work item is one q block (128 rows) of one head. Of warpgroup 0 a warp takes items off a counter
+// and another loads for them: STEP_TILES tiles of K and V at a time, which need not be neighbours,
+// the lowest listed one first, which holds the attention sink if there is one, then from the last
+// one downwards. Warpgroups 1 and 2 own 64 rows each and take turns to issue. In a step QK of this
+// step and PV of the last one are queued; while they run, the scores become weights, in registers
+// of their own, so that packing them need not wait for PV.
 //
 // FIXED: exponents are relative to a row's maximum over its first step, for the whole item. Nothing
 // is lost by that, floating point being relative, unless a later score is so much larger that the
@@ -19,9 +19,9 @@
 #include "warps.cuh"
 #include "wgmma.cuh"
 
-// A lane of each warpgroup: 504 in all. Reading a list takes more.
-#define LOADER_REGISTERS (LIST ? 56 : 40)
-#define CONSUMER_REGISTERS (LIST ? 224 : 232)
+// A lane of each warpgroup: 504 in all, which is what the kernel starts with.
+#define LOADER_REGISTERS 40
+#define CONSUMER_REGISTERS 232
 #define GROW 8.f
 #define START (-3.402823466e38f)  // running maximum before any key: finite, so that no NaN arises
 // Where every row sees a key of its first step.
@@ -246,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     }
     for (int i = 0; i < RECORDS; i++) {
       barrier_init(smem + ITEM_FULL + 8 * i, 1);
-      barrier_init(smem + ITEM_EMPTY + 8 * i, 8);
+      barrier_init(smem + ITEM_EMPTY + 8 * i, 9);
     }
     barrier_init_done();
   }
@@ -256,6 +256,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   if (warpgroup == 0) {
     registers_down<LOADER_REGISTERS>();
     if (threadIdx.x < 32) load_items(p, &q_map, &k_map, &v_map, smem);
+    else if (threadIdx.x < 64) choose_items(p, smem);
     return;
   }
   registers_up<CONSUMER_REGISTERS>();
@@ -272,11 +273,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   for (int it = 0, loaded = 0;; it++) {
     const u32 record = record_of(smem, it);
     barrier_wait(smem + ITEM_FULL + 8 * (it % RECORDS), it / RECORDS & 1);
-    const int count = load_shared(record);
+    const int count = load_shared(record + COUNT);
     Item item;
-    item.row = load_shared(record + 4);
-    item.head = load_shared(record + 8);
-    item.batch = load_shared(record + 12);
+    item.row = load_shared(record + ROW);
+    item.head = load_shared(record + HEAD);
+    item.batch = load_shared(record + BATCH);
     const bool careful = !FIXED || load_shared(record + CAREFUL);
     if (count < 0) break;
     item.span = span_of(p.shape, q_start, item.row);
