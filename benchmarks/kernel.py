@@ -72,12 +72,14 @@ class Problem:
         t = torch.full((self.heads,), threshold, device="cuda")
         return Gate(thresholds=t, rule=rule, precision=precision)
 
-    def skipped(self, gate: Gate) -> float:
-        """Share of the tiles off the diagonal that a gate drops."""
+    def skipped_by_head(self, gate: Gate) -> Tensor:
+        """Share of the tiles off the diagonal that a gate drops, [H]."""
         counts = sm90.tile_mask(self.q, self.k, self.call, gate)[1]
         blocks = self.length // BLOCK_Q
-        tiles = blocks * (blocks - 1) // 2 * (BLOCK_Q // BLOCK_K) * self.heads
-        return float(counts[:, 0].sum()) / tiles
+        return counts[:, 0] / (blocks * (blocks - 1) // 2 * (BLOCK_Q // BLOCK_K))
+
+    def skipped(self, gate: Gate) -> float:
+        return float(self.skipped_by_head(gate).mean())
 
     def solve(self, target: float, rule: str, precision: str) -> Gate:
         low, high = (-4.0, 0.0) if rule == "relative" else (-2.0, 6.0)
@@ -86,6 +88,17 @@ class Problem:
             above = self.skipped(self.gate(middle, rule, precision)) > target
             low, high = (low, middle) if above else (middle, high)
         return self.gate((low + high) / 2, rule, precision)
+
+    def solve_apart(self, targets: Tensor, rule: str, precision: str) -> Gate:
+        """The same with a target for each head, [H]."""
+        gate = self.gate(0.0, rule, precision)
+        low, high = (torch.full_like(gate.thresholds, x) for x in (-8.0, 8.0))
+        for _ in range(16):
+            gate.thresholds.copy_((low + high) / 2)
+            above = self.skipped_by_head(gate) > targets
+            high = torch.where(above, gate.thresholds, high)
+            low = torch.where(above, low, gate.thresholds)
+        return gate
 
     def sdpa(self) -> Tensor:
         """What torch picks, cuDNN first."""
@@ -138,13 +151,16 @@ def timed(entries: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
     return times
 
 
-def at_skip_rates(p: Problem, rule: str, precision: str) -> dict[str, Gate]:
+def at_skip_rates(p: Problem, rule: str, precision: str, *, spread: bool) -> dict[str, Gate]:
     """A gate for each skip rate, by name."""
     label = rule if precision == "int8" else f"{rule} exact"
     found = {f"{label} 0%": p.gate(-math.inf, rule, precision)}
     for target in (0.25, 0.5, 0.75, 0.9):
         found[f"{label} {target:.0%}"] = p.solve(target, rule, precision)
     found[f"{label} all"] = p.gate(math.inf, rule, precision)
+    if spread:  # 0 to 99 %, 75 % on average
+        apart = 0.99 * torch.linspace(0, 1, p.heads, device="cuda") ** 0.32
+        found[f"{label} 75% spread"] = p.solve_apart(apart, rule, precision)
     return found
 
 
@@ -160,7 +176,7 @@ def bench(problem: Problem, gates: dict[str, Gate], rounds: int) -> list[dict[st
     for name, gate in gates.items():
         skips[name] = skips[f"{name}, gate alone"] = p.skipped(gate)
         entries[name] = functools.partial(sm90.attention, p.q, p.k, p.v, p.call, gate)
-        if not name.endswith(("0%", "25%", "all")):  # at 75 %, and a model's own
+        if not name.endswith(("0%", "25%", "all", "spread")):  # at 75 %, and a model's own
             entries[f"{name}, gate alone"] = functools.partial(
                 sm90.tile_mask, p.q, p.k, p.call, gate
             )
@@ -225,7 +241,7 @@ def random_problems(options: argparse.Namespace) -> Iterator[tuple[Problem, dict
         problem = Problem.random(length, options.d, heads, kv_heads, dtype)
         gates: dict[str, Gate] = {}
         for rule, precision in itertools.product(options.rules, options.precisions):
-            gates |= at_skip_rates(problem, rule, precision)
+            gates |= at_skip_rates(problem, rule, precision, spread=options.spread)
         yield problem, gates
 
 
@@ -256,6 +272,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rules", nargs="+", default=["relative"])
     parser.add_argument("--precisions", nargs="+", default=["int8"], help="int8, exact")
+    parser.add_argument("--spread", action="store_true", help="also heads that differ")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--inputs", type=Path, help="queries, keys, values, thresholds of a model")
     parser.add_argument("--out", type=Path)

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bsfa_compile.ops import reference, sm90
 from bsfa_compile.ops.tiles import unpack
@@ -111,6 +113,25 @@ def test_late_score_far_above_the_first(case: Case, nats: float) -> None:
     run.k[:, 0, 600, 9] = nats * case.d**0.5 / 8
     run.k[:, 0, 400, 9] = nats * case.d**0.5 / 16
     run.check()
+
+
+@pytest.mark.parametrize("threshold", [None, -INF, -0.3])
+def test_many_items_of_which_some_are_done_again(threshold: float | None) -> None:
+    run = Run(Case(threshold=threshold, q_len=4096, heads=24, kv_heads=8))
+    run.q[:, ::3, ::50, 9] = 8.0
+    run.q[:, 1, :, 9] = 8.0
+    run.k[:, :, 2000, 9] = 200 * 128**0.5 / 8
+    result = run()
+    kept = unpack(result.tile_mask, run.g.k_blocks)
+    assert (threshold == -0.3) == (int(result.counts[:, 0].sum()) > 0)
+    allowed = kept.repeat_interleave(128, 2).repeat_interleave(64, 3).tril()
+    k, v = (x.float().repeat_interleave(3, 1) for x in (run.k, run.v))
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = F.scaled_dot_product_attention(run.q.float(), k, v, attn_mask=allowed)
+    error = (result.out.float() - exact).norm() / exact.norm()
+    assert error < 4e-3
+    for a, b in zip(run(), result, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])

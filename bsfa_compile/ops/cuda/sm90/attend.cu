@@ -20,8 +20,8 @@
 #include "wgmma.cuh"
 
 // A lane of each warpgroup: 504 in all, which is what the kernel starts with.
-#define LOADER_REGISTERS 40
-#define CONSUMER_REGISTERS 232
+#define LOADER_REGISTERS (LIST && PADDED && HEAD_DIM <= 192 ? 56 : 40)
+#define CONSUMER_REGISTERS ((504 - LOADER_REGISTERS) / 2)
 #define GROW 8.f
 #define START (-3.402823466e38f)  // running maximum before any key: finite, so that no NaN arises
 // Where every row sees a key of its first step.
@@ -246,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     }
     for (int i = 0; i < RECORDS; i++) {
       barrier_init(smem + ITEM_FULL + 8 * i, 1);
-      barrier_init(smem + ITEM_EMPTY + 8 * i, 9);
+      barrier_init(smem + ITEM_EMPTY + 8 * i, 9);  // the loader, too
     }
     barrier_init_done();
   }
