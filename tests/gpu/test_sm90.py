@@ -122,7 +122,7 @@ def test_many_items_of_which_some_are_done_again(threshold: float | None) -> Non
     run.q[:, 1, :, 9] = 8.0
     run.k[:, :, 2000, 9] = 200 * 128**0.5 / 8
     result = run()
-    kept = unpack(result.tile_mask, run.g.k_blocks)
+    kept = unpack(result.tile_mask, run.g.k_blocks)[:, :, : run.g.q_len // 128]
     assert (threshold == -0.3) == (int(result.counts[:, 0].sum()) > 0)
     allowed = kept.repeat_interleave(128, 2).repeat_interleave(64, 3).tril()
     k, v = (x.float().repeat_interleave(3, 1) for x in (run.k, run.v))

@@ -44,7 +44,7 @@
 #define OVERFLOWED 20  // its weights did overflow: the consumers say so
 #define INDEX 24
 #define KV_HEAD 28
-#define LOWEST 32  // tile
+#define LOWEST_TILE 32  // tile
 #define WORDS 64   // the 32 mask words that its tiles begin with
 #define Q_AT 1024
 #define K_AT (Q_AT + Q_STAGES * Q_BYTES)
@@ -188,7 +188,7 @@ DEVICE void choose_items(const Params& p, u32 smem) {
       store_shared(record + OVERFLOWED, 0);
       store_shared(record + INDEX, index);
       store_shared(record + KV_HEAD, item.kv_head);
-      store_shared(record + LOWEST, lowest);
+      store_shared(record + LOWEST_TILE, lowest);
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(smem + ITEM_FULL + 8 * (it % RECORDS));
@@ -207,7 +207,7 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
     if (count < 0) return;
     const int row = load_shared(record + ROW), head = load_shared(record + HEAD);
     const int batch = load_shared(record + BATCH), kv_head = load_shared(record + KV_HEAD);
-    const int lowest = load_shared(record + LOWEST);
+    const int lowest = load_shared(record + LOWEST_TILE);
     const Span span = span_of(p.shape, q_start, row);
     Tiles tiles = {};
     tiles.next = span.tile_hi - 1;
