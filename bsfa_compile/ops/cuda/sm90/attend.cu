@@ -26,10 +26,11 @@
 #define START (-3.402823466e38f)  // running maximum before any key: finite, so that no NaN arises
 // Where every row sees a key of its first step.
 #define FIXED (!WINDOW && !PADDED)
-// The largest weight of a first step is 2^-ROOM, a sum of 2^MOST too large: 87 nats more than the
-// first maximum, and an output in bf16 overflows only if V exceeds 2^60. In fp16 11 nats.
+// The largest weight of a first step is 2^-ROOM. In bf16 a sum of MOST is too large: 87 nats more than
+// the first maximum, and an output overflows only if V exceeds 2^60. In fp16 a weight overflows at 11
+// nats more, and with it the row's whole output.
 #define ROOM (BF16 ? 60.f : 0.f)
-#define MOST (BF16 ? 0x1p66f : 0x1p15f)
+#define MOST 0x1p66f
 
 DEVICE void multiply_qk(float (&s)[SCORES], u32 q, u32 k) {
 #pragma unroll
@@ -210,6 +211,10 @@ struct Rows {
       for (int i = 0; i < OUTPUTS; i++) o[i] *= i & 2 ? e1 : e0;
     }
   }
+  // Whether there was room for the weights.
+  DEVICE bool fits() const {
+    return BF16 ? l0 < MOST && l1 < MOST : fabsf(o[0]) < -NEG_INF && fabsf(o[2]) < -NEG_INF;
+  }
   DEVICE void finish(const u32 (&weights)[SCORES / 2]) {
     if (lane == 0) barrier_arrive(q_empty);
     begin_pv(steps - 1, weights);
@@ -243,8 +248,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       barrier_init(smem + V_EMPTY + 8 * i, 8);
       barrier_init(smem + Q_FULL + 8 * i, 1);
       barrier_init(smem + Q_EMPTY + 8 * i, 8);
-    }
-    for (int i = 0; i < RECORDS; i++) {
       barrier_init(smem + ITEM_FULL + 8 * i, 1);
       barrier_init(smem + ITEM_EMPTY + 8 * i, 9);  // the loader, too
     }
@@ -293,9 +296,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       if (careful) x.walk<true>(p, weights);
       else x.walk<false>(p, weights);
     }
+    if (!careful && __any_sync(FULL_WARP, !x.fits())) store_shared(record + OVERFLOWED, 1);
     const float l0 = quad_sum(x.l0), l1 = quad_sum(x.l1);
-    if (!careful && __any_sync(FULL_WARP, !(l0 < MOST && l1 < MOST)))
-      store_shared(record + OVERFLOWED, 1);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int at = item.span.row0 + row + 8 * r;
