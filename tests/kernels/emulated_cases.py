@@ -1,0 +1,183 @@
+"""Cases of the emulated attention kernel: inputs, what the reference says, the comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from bsfa_compile.ops import reference
+from bsfa_compile.ops.tiles import BLOCK_K, Geometry
+from tests.kernels import emulated
+
+INF = math.inf
+FP16 = torch.float16
+# An item is done again if a row's maximum exceeds that of its first step by so much: MOST and ROOM
+# of attend.cu in natural-log units, in fp16 what rounds to infinity.
+LIMIT = {torch.bfloat16: 126 * math.log(2), FP16: math.log(65520)}
+OUT_ERROR = {torch.bfloat16: 4e-3, FP16: 1e-3}
+LSE_ERROR = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call; the defaults are a small causal GQA prefill with a sink that every query sees."""
+
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 1
+    q_len: int = 600
+    k_len: int | None = None
+    d: int = 128
+    dv: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+    q_start: int = 0
+    start_in_memory: bool = False
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    padding: int = 0  # padded keys of batch row b: padding * (b + 1), left if > 0, else right
+    sink_logits: bool = False
+    keep: float | None = None  # share of tiles that a mask keeps; None: no mask
+    always: bool = True  # it keeps the first and the last tile of a row, as a gate does
+    late: float = 0.0  # natural-log units that late keys score with some rows
+    late_keys: int = 1
+    side_by_side: int | None = None
+    seed: int = 0
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(
+            q_len=self.q_len,
+            k_len=self.k_len or self.q_start + self.q_len,
+            q_start=self.q_start,
+            is_causal=self.causal,
+            window=self.window,
+        )
+
+
+class Run:
+    """A case's inputs."""
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(case.seed)
+        self.case, self.g, self.scale = case, case.geometry, case.d**-0.5
+        q, k, v = (
+            torch.randn(case.batch, length, heads, d)
+            for length, heads, d in (
+                (case.q_len, case.heads, case.d),
+                (self.g.k_len, case.kv_heads, case.d),
+                (self.g.k_len, case.kv_heads, case.dv or case.d),
+            )
+        )
+        q[..., :8] = 2.0
+        k[:, 0, :, :8] = 4.5
+        late = self.g.k_len * 6 // 10
+        if case.late:
+            q[:, ::50, ::3, 9] = 8.0
+            q[:, :, 1, 9] = 8.0
+            k[:, late : late + case.late_keys, :, 9] = case.late * case.d**0.5 / 8
+        self.q, self.k, self.v = (x.to(case.dtype).transpose(1, 2) for x in (q, k, v))
+        self.sinks = torch.randn(case.heads) + 3 if case.sink_logits else None
+        self.padding = None
+        if case.padding:
+            self.padding = torch.ones(case.batch, self.g.k_len, dtype=torch.bool)
+            for b, row in enumerate(self.padding):
+                n = abs(case.padding) * (b + 1)
+                row[slice(None, n) if case.padding > 0 else slice(self.g.k_len - n, None)] = False
+        self.seen = reference.visibility(self.g, self.padding, case.batch)
+        self.visible = self._visible()
+        self.kept = self.visible
+        if case.keep is not None:
+            wanted = torch.rand(self.visible.shape) < case.keep
+            wanted[..., late // BLOCK_K] |= case.late > 0
+            if case.always:
+                wanted |= self.visible & ~(self.visible.cumsum(-1) > 1)
+                wanted |= self.visible & ~(self.visible.flip(-1).cumsum(-1) > 1).flip(-1)
+            self.kept = self.visible & wanted
+
+    def _visible(self) -> Tensor:
+        """Tiles of which some score is seen: [B, H, q_blocks, k_blocks]."""
+        g = self.g
+        keys = torch.nn.functional.pad(self.seen, (0, -g.k_len % BLOCK_K))
+        tiles = keys.unflatten(-1, (-1, BLOCK_K)).any(-1)
+        rows = [tiles[:, slice(*g.rows(i))].any(1) for i in range(g.q_blocks)]
+        return torch.stack(rows, 1)[:, None].repeat(1, self.case.heads, 1, 1)
+
+    def __call__(self, edit: tuple[str, str] | None = None) -> emulated.Emulated:
+        return emulated.attend(
+            self.q,
+            self.k,
+            self.v,
+            None if self.case.keep is None else self.kept,
+            self.g,
+            scale=self.scale,
+            padding=self.padding,
+            softcap=self.case.softcap,
+            sinks=self.sinks,
+            start_in_memory=self.case.start_in_memory,
+            side_by_side=self.case.side_by_side,
+            seed=self.case.seed,
+            edit=edit,
+        )
+
+    def again(self) -> int:
+        """How many items' weights overflow where exponents are relative to the first step.
+
+        That step holds the lowest tile and, unless heads are wide, the highest.
+        """
+        if self.g.window is not None or self.padding is not None:
+            return 0  # such kernels follow the maxima of all items
+        order = self.kept.long().cumsum(-1)
+        first = self.kept & (order == 1)
+        if max(self.case.d, self.case.dv or 0) <= 128:
+            first |= self.kept & (order == order[..., -1:])
+        s = reference.scores(self.q.double(), self.k.double(), self.scale, self.case.softcap)
+        count = 0
+        for i in range(self.g.q_blocks):
+            rows = slice(*self.g.rows(i))
+            highest, start = (
+                s[:, :, rows].masked_fill(~self._allowed(tiles[:, :, i], rows), -INF).amax(-1)
+                for tiles in (self.kept, first)
+            )
+            count += int((highest - start >= LIMIT[self.case.dtype]).any(-1).sum())
+        return count
+
+    def _allowed(self, tiles: Tensor, rows: slice) -> Tensor:
+        """Scores of some query rows that lie in tiles [B, H, k_blocks] and are seen."""
+        keys = tiles.repeat_interleave(BLOCK_K, -1)[..., : self.g.k_len]
+        return keys[:, :, None] & self.seen[:, None, rows]
+
+    def check(self, edit: tuple[str, str] | None = None) -> int:
+        """Compares output, log-sum-exp and work; returns how many items were done again."""
+        result = self(edit)
+        out, lse = reference.attention(
+            self.q.double(),
+            self.k.double(),
+            self.v.double(),
+            self.kept,
+            self.g,
+            key_padding_mask=self.padding,
+            scale=self.scale,
+            softcap=self.case.softcap,
+            sinks=self.sinks,
+        )
+        limit = OUT_ERROR[self.case.dtype]
+        torch.testing.assert_close(result.lse.double(), lse, atol=LSE_ERROR, rtol=0)
+        error = result.out.double() - out
+        assert error.norm() <= limit * out.norm()
+        assert (error.norm(dim=-1) <= 4 * limit * out.norm(dim=-1)).all(), "some row is wrong"
+        # An item without a mask walks tiles of padding, too.
+        walked = self.kept if self.padding is None or self.case.keep else self._all_tiles()
+        again = result.items - int(walked.any(-1).sum())
+        assert again == self.again()
+        return again
+
+    def _all_tiles(self) -> Tensor:
+        """What causality and window leave: [B, H, q_blocks, k_blocks]."""
+        tiles = torch.zeros_like(self.visible)
+        for i in range(self.g.q_blocks):
+            tiles[:, :, i, slice(*self.g.tiles(i))] = True
+        return tiles

@@ -1,0 +1,28 @@
+// Stands for base.cuh: shared memory is an array that starts at address 0, and knows its end.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#define DEVICE inline
+#define FULL_WARP 0xffffffffu
+
+// What the driver would encode, the innermost dimension first; `copies` counts what was copied.
+struct TensorMap {
+  const u16* gmem;
+  i64 strides[3];
+  int shape[4];
+  int rows;
+  int* copies;
+};
+
+template <class T> T& shared(u32 address) {
+  if (address % alignof(T) || address + sizeof(T) > SMEM_BYTES)
+    fail("no such address in shared memory: %u", address);
+  return *(T*)(dynamic_smem + address);
+}
+DEVICE u32 shared_address(const void* p) { return (u32)((const u8*)p - dynamic_smem); }
+DEVICE u32 load_shared(u32 address) { return shared<u32>(address); }
+DEVICE void store_shared(u32 address, u32 value) { shared<u32>(address) = value; }
