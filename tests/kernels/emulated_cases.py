@@ -126,13 +126,17 @@ class Run:
     def again(self) -> int:
         """How many items' weights overflow where exponents are relative to the first step.
 
-        That step holds the lowest tile and, unless heads are wide, the highest.
+        That step holds the lowest tile and, unless heads are wide, the highest; the two highest
+        where there is a causal window.
         """
-        if self.g.window is not None or self.padding is not None:
+        wide, window = max(self.case.d, self.case.dv or 0) > 128, self.g.window is not None
+        if window and (wide or not self.g.is_causal):
             return 0  # such kernels follow the maxima of all items
         order = self.kept.long().cumsum(-1)
         first = self.kept & (order == 1)
-        if max(self.case.d, self.case.dv or 0) <= 128:
+        if window:
+            first = self.kept & (order >= order[..., -1:] - 1)
+        elif not wide:
             first |= self.kept & (order == order[..., -1:])
         s = reference.scores(self.q.double(), self.k.double(), self.scale, self.case.softcap)
         count = 0
@@ -169,15 +173,6 @@ class Run:
         error = result.out.double() - out
         assert error.norm() <= limit * out.norm()
         assert (error.norm(dim=-1) <= 4 * limit * out.norm(dim=-1)).all(), "some row is wrong"
-        # An item without a mask walks tiles of padding, too.
-        walked = self.kept if self.padding is None or self.case.keep else self._all_tiles()
-        again = result.items - int(walked.any(-1).sum())
+        again = result.items - int(self.kept.any(-1).sum())
         assert again == self.again()
         return again
-
-    def _all_tiles(self) -> Tensor:
-        """What causality and window leave: [B, H, q_blocks, k_blocks]."""
-        tiles = torch.zeros_like(self.visible)
-        for i in range(self.g.q_blocks):
-            tiles[:, :, i, slice(*self.g.tiles(i))] = True
-        return tiles

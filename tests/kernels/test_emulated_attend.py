@@ -24,6 +24,11 @@ DENSE = [
     Case(causal=False, q_len=200, k_len=333),
     Case(softcap=20.0, q_len=400),
     Case(window=100, q_len=500),
+    Case(window=300, q_len=900, q_start=200),
+    Case(window=200, causal=False, q_len=300, k_len=500),
+    Case(window=200, d=256, q_len=400),
+    Case(window=300, padding=90, batch=2, q_len=500),
+    Case(padding=-90, batch=2, q_len=300),
     Case(padding=90, batch=2, q_len=300),
     Case(d=64, q_len=500),
     Case(d=80, heads=3, kv_heads=3, q_len=300),
@@ -36,6 +41,9 @@ LISTED = [
     Case(keep=0.3, q_len=2300, heads=1, causal=False, d=64),
     Case(keep=0.3, causal=False, q_len=300, k_len=700, dtype=FP16),
     Case(keep=0.5, padding=-70, batch=2, sink_logits=True),
+    Case(keep=0.5, padding=200, batch=2, d=64),
+    Case(keep=0.5, window=400, q_len=900),
+    Case(keep=0.5, window=400, q_len=900, dtype=FP16, padding=70),
     Case(keep=0.2, q_len=400, q_start=1000),
 ]
 
@@ -71,6 +79,12 @@ def test_late_score_above_the_first(
 ) -> None:
     run = Run(Case(late=late, dtype=dtype, keep=keep))
     assert (run.check() > 0) == overflows
+
+
+@pytest.mark.parametrize("case", [Case(window=400), Case(padding=90, batch=2)], ids=str)
+def test_late_score_under_a_mask(case: Case) -> None:
+    run = Run(dataclasses.replace(case, late=200.0, keep=0.5, q_len=900))
+    assert 0 < run.check() < run.kept.any(-1).sum()
 
 
 def test_every_item_may_be_done_again() -> None:

@@ -11,6 +11,8 @@
 #define V_COLUMNS (VALUE_DIM <= 64 ? 64 : VALUE_DIM <= 96 ? 96 : (VALUE_DIM + 63) / 64 * 64)
 #define STEP_TILES (HEAD_DIM <= 128 && VALUE_DIM <= 128 ? 2 : 1)
 #define STEP_KEYS (STEP_TILES * BLOCK_K)
+// A window leaves no tile that all rows of a block see, but its two highest between them.
+#define TOP_FIRST (WINDOW && CAUSAL && STEP_TILES == 2)
 #define SCORES (STEP_KEYS / 2)   // accumulators a thread
 #define OUTPUTS (V_COLUMNS / 2)
 #define Q_STAGES (HEAD_DIM <= 128 ? 2 : 1)
@@ -79,8 +81,8 @@ DEVICE Item item_of(const Params& p, int q_start, int item) {
   return r;
 }
 
-// The tiles of one item: the lowest, and the others in descending order. All lanes of the loader's
-// warp call together; 32 mask words at a time live in the lanes.
+// The tiles of one item in descending order. All lanes of the loader's warp call together; 32 mask
+// words at a time live in the lanes.
 struct Tiles {
   const u32* row_gmem;
   u32 word, left, current;  // a lane's word; words that are not visited; what is left of one
@@ -90,7 +92,7 @@ struct Tiles {
     word = its_word;
     left = __ballot_sync(FULL_WARP, word);
   }
-  DEVICE int pop(int lane) {  // never more often than there are tiles but the lowest
+  DEVICE int pop(int lane) {  // never more often than there are tiles
 #if !LIST
     return next--;
 #else
@@ -173,8 +175,9 @@ DEVICE void choose_items(const Params& p, u32 smem) {
       count = __reduce_add_sync(FULL_WARP, count);
       lowest = __reduce_min_sync(FULL_WARP, lowest);
 #else
-      count = item.span.tile_hi - item.span.tile_lo;
-      lowest = item.span.tile_lo;
+      const int2 bounds = bounds_of(p.shape, item.batch);
+      lowest = max(item.span.tile_lo, bounds.x);
+      count = max(min(item.span.tile_hi, bounds.y) - lowest, 0);
 #endif
     }
     const u32 record = record_of(smem, it);
@@ -210,11 +213,12 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
     const int lowest = load_shared(record + LOWEST_TILE);
     const Span span = span_of(p.shape, q_start, row);
     Tiles tiles = {};
-    tiles.next = span.tile_hi - 1;
 #if LIST
     tiles.row_gmem = mask_row(p, batch, head, row);
     tiles.chunk = top_chunk(span);
     tiles.take(load_shared(record + WORDS + 4 * lane));
+#else
+    tiles.next = min(span.tile_hi, bounds_of(p.shape, batch).y) - 1;
 #endif
     __syncwarp();
     if (lane == 0) barrier_arrive(smem + ITEM_EMPTY + 8 * (it % RECORDS));
@@ -238,7 +242,7 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
       for (int t = 0; t < STEP_TILES; t++) {
         pair[t] = NO_TILE;
         if (n < steps && n * STEP_TILES + t < count)
-          pair[t] = n + t == 0 ? lowest : tiles.pop(lane);
+          pair[t] = n + t == 0 && !TOP_FIRST ? lowest : tiles.pop(lane);
         if (pair[t] == NO_TILE || cut(p.shape, span, batch, pair[t])) word |= CUT_BIT;
         word |= (u32)pair[t] << t * TILE_BITS;
       }

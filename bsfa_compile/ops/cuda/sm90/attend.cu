@@ -24,8 +24,8 @@
 #define CONSUMER_REGISTERS ((504 - LOADER_REGISTERS) / 2)
 #define GROW 8.f
 #define START (-3.402823466e38f)  // running maximum before any key: finite, so that no NaN arises
-// Where every row sees a key of its first step.
-#define FIXED (!WINDOW && !PADDED)
+// Where the rows see a key of their first step. One that does not overflows.
+#define FIXED (!WINDOW || TOP_FIRST)
 // The largest weight of a first step is 2^-ROOM. In bf16 a sum of MOST is too large: 87 nats more than
 // the first maximum, and an output overflows only if V exceeds 2^60. In fp16 a weight overflows at 11
 // nats more, and with it the row's whole output.
