@@ -23,8 +23,8 @@ MOST_KEYS = 0x7FFF * BLOCK_K  # the step word of attend.cu has 15 bits a tile
 MOST_POSITIONS = 2**29
 MARKS = 256  # where in the workspace lie the masks of what int8 leaves undecided
 _MOST_LISTED = 2**24  # rows of 16 keys that int8 may leave undecided; what is beyond is marked
-# Bytes that CTAs work on at a time. More than the L2 cache holds: all CTAs walk K in step, so what
-# one of them brings the others find.
+# Bytes that CTAs work on at a time: what the L2 cache holds, since CTAs whose lists differ drift
+# apart along K.
 _GATE_SHARE, _ATTEND_SHARE = 20 * 2**20, 34 * 2**20
 
 # Parameters of the kernels: formats of their structs, see `driver.Stage`.
