@@ -11,14 +11,15 @@
 #define V_COLUMNS (VALUE_DIM <= 64 ? 64 : VALUE_DIM <= 96 ? 96 : (VALUE_DIM + 63) / 64 * 64)
 #define STEP_TILES (HEAD_DIM <= 128 && VALUE_DIM <= 128 ? 2 : 1)
 #define STEP_KEYS (STEP_TILES * BLOCK_K)
-// A window leaves no tile that all rows of a block see, but its two highest between them.
-#define TOP_FIRST (WINDOW && CAUSAL && STEP_TILES == 2)
 #define SCORES (STEP_KEYS / 2)   // accumulators a thread
 #define OUTPUTS (V_COLUMNS / 2)
 #define Q_STAGES (HEAD_DIM <= 128 ? 2 : 1)
 #define Q_BYTES (Q_SLABS * BLOCK_Q * 128)
 #define K_BYTES (Q_SLABS * STEP_KEYS * 128)
 #define V_BYTES (V_SLABS * STEP_KEYS * 128)
+// The lowest tile does not come first: a window leaves none that all rows of a block see, but its
+// two highest are seen between them.
+#define TOP_FIRST (WINDOW && CAUSAL && STEP_TILES == 2)
 
 // Step word: tile in bits 0-14, second tile in 15-29, bit 30: some score is hidden.
 #define NO_TILE 0x7fff
@@ -39,15 +40,15 @@
 #define RECORDS 2
 #define RECORD_BYTES 192
 #define COUNT 0  // tiles; negative: there is no item left
-#define ROW 4    // of the mask
+#define ROW 4  // of the mask
 #define HEAD 8
 #define BATCH 12
 #define CAREFUL 16     // its maxima must be followed
 #define OVERFLOWED 20  // its weights did overflow: the consumers say so
 #define INDEX 24
 #define KV_HEAD 28
-#define LOWEST_TILE 32  // tile
-#define WORDS 64   // the 32 mask words that its tiles begin with
+#define LOWEST_TILE 32
+#define WORDS 64  // the 32 mask words that its tiles begin with
 #define Q_AT 1024
 #define K_AT (Q_AT + Q_STAGES * Q_BYTES)
 #define V_AT (K_AT + 2 * K_BYTES)

@@ -2,8 +2,8 @@
 //
 // A work item is one q block (128 rows) of one head. Of warpgroup 0 a warp takes items off a counter
 // and another loads for them: STEP_TILES tiles of K and V at a time, which need not be neighbours,
-// the lowest listed one first, which holds the attention sink if there is one, then from the last
-// one downwards. Warpgroups 1 and 2 own 64 rows each and take turns to issue. In a step QK of this
+// the lowest listed one first (but see TOP_FIRST), which holds the attention sink if there is one,
+// then from the last one downwards. Warpgroups 1 and 2 own 64 rows each and take turns to issue. In a step QK of this
 // step and PV of the last one are queued; while they run, the scores become weights, in registers
 // of their own, so that packing them need not wait for PV.
 //
