@@ -65,19 +65,12 @@ struct Params {
   float scale, softcap;
 };
 
-struct Item {
+struct Item : HeadBlock {
   Span span;
-  int row, head, kv_head, batch;  // mask row
 };
 
 DEVICE Item item_of(const Params& p, int q_start, int item) {
-  const int per_kv = p.heads / p.kv_heads;
-  const int2 place = place_of(p.order, p.shape.rows * per_kv, item);
-  Item r;
-  r.batch = place.y / p.kv_heads;
-  r.kv_head = place.y % p.kv_heads;
-  r.head = r.kv_head * per_kv + place.x % per_kv;
-  r.row = p.shape.rows - 1 - place.x / per_kv;
+  Item r = {head_block_of(p.order, p.shape, p.heads, p.kv_heads, item)};
   r.span = span_of(p.shape, q_start, r.row);
   return r;
 }
@@ -200,6 +193,18 @@ DEVICE void choose_items(const Params& p, u32 smem) {
   }
 }
 
+// Queues the copies of a step's tiles of K or V.
+template <int SLABS>
+DEVICE void load_tiles(u32 to, const TensorMap* map, u32 full, const int (&tiles)[STEP_TILES],
+                       int kv_head, int batch) {
+#pragma unroll
+  for (int d = 0; d < SLABS; d++)
+#pragma unroll
+    for (int t = 0; t < STEP_TILES; t++)
+      tma_load(to + (d * STEP_KEYS + t * BLOCK_K) * 128, map, full, d * 64, tiles[t] * BLOCK_K,
+               kv_head, batch);
+}
+
 DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap* k_map,
                        const TensorMap* v_map, u32 smem) {
   const int lane = threadIdx.x & 31, q_start = start_of(p.shape);
@@ -253,24 +258,14 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
         barrier_wait(smem + K_EMPTY + 8 * st, ((step + n) >> 1 & 1) ^ 1);
         store_shared(smem + STEP + 4 * st, word);
         barrier_expect(full, K_BYTES);
-#pragma unroll
-        for (int d = 0; d < Q_SLABS; d++)
-#pragma unroll
-          for (int t = 0; t < STEP_TILES; t++)
-            tma_load(to + (d * STEP_KEYS + t * BLOCK_K) * 128, k_map, full, d * 64,
-                     pair[t] * BLOCK_K, kv_head, batch);
+        load_tiles<Q_SLABS>(to, k_map, full, pair, kv_head, batch);
       }
       if (lane == 0 && n > 0) {
         const int m = step + n - 1, st = m & 1;
         const u32 full = smem + V_FULL + 8 * st, to = smem + V_AT + st * V_BYTES;
         barrier_wait(smem + V_EMPTY + 8 * st, (m >> 1 & 1) ^ 1);
         barrier_expect(full, V_BYTES);
-#pragma unroll
-        for (int d = 0; d < V_SLABS; d++)
-#pragma unroll
-          for (int t = 0; t < STEP_TILES; t++)
-            tma_load(to + (d * STEP_KEYS + t * BLOCK_K) * 128, v_map, full, d * 64,
-                     previous[t] * BLOCK_K, kv_head, batch);
+        load_tiles<V_SLABS>(to, v_map, full, previous, kv_head, batch);
       }
       __syncwarp();
 #pragma unroll

@@ -102,3 +102,18 @@ DEVICE int2 place_of(const Order& o, int places, int item) {
   const int place = in_section / heads;
   return make_int2(place, section * o.width + in_section - place * heads);
 }
+
+// One q block of one query head.
+struct HeadBlock {
+  int row, head, kv_head, batch;  // row: of the mask
+};
+DEVICE HeadBlock head_block_of(const Order& o, const Shape& s, int heads, int kv_heads, int item) {
+  const int per_kv = heads / kv_heads;
+  const int2 place = place_of(o, s.rows * per_kv, item);
+  HeadBlock r;
+  r.batch = place.y / kv_heads;
+  r.kv_head = place.y % kv_heads;
+  r.head = r.kv_head * per_kv + place.x % per_kv;
+  r.row = s.rows - 1 - place.x / per_kv;
+  return r;
+}

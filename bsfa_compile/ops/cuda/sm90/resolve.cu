@@ -81,8 +81,7 @@ struct Params {
   }
 };
 
-struct Item {
-  int row, head, kv_head, batch;  // mask row
+struct Item : HeadBlock {
   // Where its line of the mask begins.
   DEVICE i64 line(const Params& p) const {
     return (((i64)batch * p.heads + head) * p.shape.rows + row) * p.shape.words;
@@ -90,14 +89,7 @@ struct Item {
 };
 
 DEVICE Item item_of(const Params& p, int item) {
-  const int per_kv = p.heads / p.kv_heads;
-  const int2 place = place_of(p.order, p.shape.rows * per_kv, item);
-  Item r;
-  r.batch = place.y / p.kv_heads;
-  r.kv_head = place.y % p.kv_heads;
-  r.head = r.kv_head * per_kv + place.x % per_kv;
-  r.row = p.shape.rows - 1 - place.x / per_kv;
-  return r;
+  return {head_block_of(p.order, p.shape, p.heads, p.kv_heads, item)};
 }
 
 // What is open in word w of the line at `line`.
