@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from bsfa_compile.ops import reference, sm90
 from bsfa_compile.ops.call import Call, Gate, Result
-from bsfa_compile.ops.tiles import Geometry, mask_rows, mask_words, unpack, unpadded_tiles
+from bsfa_compile.ops.tiles import mask_rows, mask_words, unpack, unpadded_tiles
+from tests.attention_case import AttentionCase, plant_sink
 
 INF, NAN = math.inf, math.nan
 CLOSE = {"int8": 1e-3, "exact": 1e-4}  # decisions may differ for statistics this near the threshold
@@ -19,61 +20,25 @@ FP16 = torch.float16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One call; the defaults are a small causal GQA prefill with a sink that every query sees."""
+class Case(AttentionCase):
+    """A call and its gate."""
 
-    batch: int = 1
-    heads: int = 4
-    kv_heads: int = 2
-    q_len: int = 600
-    k_len: int | None = None
-    d: int = 128
-    dv: int | None = None
-    dtype: torch.dtype = torch.bfloat16
-    q_start: int = 0
-    on_device: bool = False  # q_start is known to the device only
-    causal: bool = True
-    window: int | None = None
-    softcap: float | None = None
-    sinks: int = 1
     rule: str = "relative"
     precision: str = "int8"
     threshold: float | None = -0.5  # None: dense
     columns: int = 0  # thresholds [H, columns], drawn at random up to twice `threshold`
-    padding: int = 0  # padded keys of batch row b: padding * (b + 1), left if > 0, else right
     heads_first: bool = False  # [B, H, L, D] storage
     spread: float = 0.0  # channels of K are up to 2 ** +-spread times wider, Q's narrower
-    seed: int = 0
-
-    @property
-    def geometry(self) -> Geometry:
-        return Geometry(
-            q_len=self.q_len,
-            k_len=self.k_len or self.q_start + self.q_len,
-            q_start=self.q_start,
-            is_causal=self.causal,
-            window=self.window,
-            sink_tiles=self.sinks,
-        )
 
 
 class Run:
     """A case on the card, its result, and what the reference needs."""
 
     def __init__(self, case: Case) -> None:
-        torch.manual_seed(case.seed)
         self.case, self.g = case, case.geometry
-        q, k, v = (
-            torch.randn(case.batch, length, heads, d)
-            for length, heads, d in (
-                (case.q_len, case.heads, case.d),
-                (self.g.k_len, case.kv_heads, case.d),
-                (self.g.k_len, case.kv_heads, case.dv or case.d),
-            )
-        )
+        q, k, v = case.random_rows()
         k += 0.5 * torch.randn(1, 1, case.kv_heads, case.d)  # the mean that quantising removes
-        q[..., :8] = 2.0
-        k[:, 0, :, :8] = 4.5
+        plant_sink(q, k)
         if case.spread:
             width = torch.exp2(case.spread * (2 * torch.rand(case.kv_heads, case.d) - 1))
             k *= width
@@ -84,12 +49,7 @@ class Run:
             return x.transpose(1, 2).contiguous() if case.heads_first else x.transpose(1, 2)
 
         self.q, self.k, self.v = place(q), place(k), place(v)
-        self.padding = None
-        if case.padding:
-            self.padding = torch.ones(case.batch, self.g.k_len, dtype=torch.bool)
-            for b, row in enumerate(self.padding):
-                n = abs(case.padding) * (b + 1) % self.g.k_len
-                row[slice(None, n) if case.padding > 0 else slice(self.g.k_len - n, None)] = False
+        self.padding = case.key_padding_mask()
         columns = max(case.columns, 1)
         self.thresholds = torch.full((case.heads, columns), case.threshold or 0.0)
         if case.columns:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bsfa_compile.ops import reference
-from bsfa_compile.ops.tiles import BLOCK_K, Geometry
+from bsfa_compile.ops.tiles import BLOCK_K
+from tests.attention_case import AttentionCase, plant_sink
 from tests.kernels import emulated
 
 INF = math.inf
@@ -22,58 +23,26 @@ LSE_ERROR = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One call; the defaults are a small causal GQA prefill with a sink that every query sees."""
+class Case(AttentionCase):
+    """A call, the tiles it is given, and what its scores do."""
 
-    batch: int = 1
     heads: int = 2
     kv_heads: int = 1
-    q_len: int = 600
-    k_len: int | None = None
-    d: int = 128
-    dv: int | None = None
-    dtype: torch.dtype = torch.bfloat16
-    q_start: int = 0
-    start_in_memory: bool = False
-    causal: bool = True
-    window: int | None = None
-    softcap: float | None = None
-    padding: int = 0  # padded keys of batch row b: padding * (b + 1), left if > 0, else right
     sink_logits: bool = False
     keep: float | None = None  # share of tiles that a mask keeps; None: no mask
     always: bool = True  # it keeps the first and the last tile of a row, as a gate does
     late: float = 0.0  # natural-log units that late keys score with some rows
     late_keys: int = 1
     side_by_side: int | None = None
-    seed: int = 0
-
-    @property
-    def geometry(self) -> Geometry:
-        return Geometry(
-            q_len=self.q_len,
-            k_len=self.k_len or self.q_start + self.q_len,
-            q_start=self.q_start,
-            is_causal=self.causal,
-            window=self.window,
-        )
 
 
 class Run:
     """A case's inputs."""
 
     def __init__(self, case: Case) -> None:
-        torch.manual_seed(case.seed)
         self.case, self.g, self.scale = case, case.geometry, case.d**-0.5
-        q, k, v = (
-            torch.randn(case.batch, length, heads, d)
-            for length, heads, d in (
-                (case.q_len, case.heads, case.d),
-                (self.g.k_len, case.kv_heads, case.d),
-                (self.g.k_len, case.kv_heads, case.dv or case.d),
-            )
-        )
-        q[..., :8] = 2.0
-        k[:, 0, :, :8] = 4.5
+        q, k, v = case.random_rows()
+        plant_sink(q, k)
         late = self.g.k_len * 6 // 10
         if case.late:
             q[:, ::50, ::3, 9] = 8.0
@@ -81,12 +50,7 @@ class Run:
             k[:, late : late + case.late_keys, :, 9] = case.late * case.d**0.5 / 8
         self.q, self.k, self.v = (x.to(case.dtype).transpose(1, 2) for x in (q, k, v))
         self.sinks = torch.randn(case.heads) + 3 if case.sink_logits else None
-        self.padding = None
-        if case.padding:
-            self.padding = torch.ones(case.batch, self.g.k_len, dtype=torch.bool)
-            for b, row in enumerate(self.padding):
-                n = abs(case.padding) * (b + 1)
-                row[slice(None, n) if case.padding > 0 else slice(self.g.k_len - n, None)] = False
+        self.padding = case.key_padding_mask()
         self.seen = reference.visibility(self.g, self.padding, case.batch)
         self.visible = self._visible()
         self.kept = self.visible
@@ -117,7 +81,7 @@ class Run:
             padding=self.padding,
             softcap=self.case.softcap,
             sinks=self.sinks,
-            start_in_memory=self.case.start_in_memory,
+            start_in_memory=self.case.on_device,
             side_by_side=self.case.side_by_side,
             seed=self.case.seed,
             edit=edit,

@@ -20,7 +20,7 @@ def _can_emulate() -> None:
 
 DENSE = [
     Case(),
-    Case(q_start=77, q_len=300, start_in_memory=True),
+    Case(q_start=77, q_len=300, on_device=True),
     Case(causal=False, q_len=200, k_len=333),
     Case(softcap=20.0, q_len=400),
     Case(window=100, q_len=500),
