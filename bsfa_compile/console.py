@@ -25,7 +25,7 @@ def usable_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each from some build
         why = str(error).splitlines()[0]
         raise InputError(
             f"--device {name}: cannot be used here ({why}); wanted cpu, cuda or cuda:N"
