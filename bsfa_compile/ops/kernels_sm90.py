@@ -8,7 +8,8 @@ from bsfa_compile.ops.compiler import Variant
 
 GROUP_KEYS = 256  # keys that one block of threads quantises
 GROUP_META = 8  # floats, see cuda/sm90/quantise.cu
-THREADS = 384  # of the gate and of attention: a loader and two consumer warpgroups
+SLOT_KEYS = 128  # keys that the gate loads at a time
+THREADS = 384  # of attention: a loader and two consumer warpgroups
 _SMEM_LIMIT = 232448  # bytes a block of threads may ask for on sm_90
 _BLOCK_Q, _BLOCK_K, _SLAB = 128, 64, 64  # a slab: 64 16-bit columns
 
@@ -65,8 +66,9 @@ def gate(d: int, mask: Mask, *, bf16: bool, relative: bool, exact: bool = False)
     """The int8 gate; exact: it says what int8 leaves undecided."""
     defines = {"HEAD_DIM": d, "BF16": int(bf16), "RELATIVE": int(relative)}
     defines |= {**mask.defines(), "SOFTCAP": int(mask.softcap), "EXACT": int(exact)}
-    smem = _ring(2 * _slabs(d) * _BLOCK_Q * 128, slot_keys(d, mask) * row_bytes(d))
-    return Built(variant=_variant("gate", "gate", defines), threads=THREADS, smem=smem)
+    smem = _ring(gate_units(d) * _slabs(d) * _BLOCK_Q * 128, SLOT_KEYS * row_bytes(d))
+    threads = 128 * (gate_units(d) + 1)
+    return Built(variant=_variant("gate", "gate", defines), threads=threads, smem=smem)
 
 
 def resolve(d: int, mask: Mask, *, bf16: bool, relative: bool) -> Built:
@@ -99,9 +101,9 @@ def sum_chunk(k_len: int) -> int:
     return max(512, -(-k_len // 32))
 
 
-def slot_keys(d: int, mask: Mask) -> int:
-    """Keys that the gate loads at a time."""
-    return 128 if d > 128 or mask.window or mask.padded or mask.softcap else 256
+def gate_units(d: int) -> int:
+    """Units, q blocks of one head, that a block of threads of the gate works on at a time."""
+    return 3 if d <= 128 else 2
 
 
 def attend(d: int, dv: int, mask: Mask, *, bf16: bool, listed: bool) -> Built:

@@ -110,7 +110,7 @@ class _Run:
         self.shape = (start_at, bits_at, bounds_at, call.geometry.q_start, plan.shape)
 
     def decide(self, gate: Gate) -> tuple[Tensor, Tensor, Tensor]:
-        """(tile mask, counts, workspace, whose second int is a zeroed counter)."""
+        """(tile mask, zeroed counts, workspace, whose second int is a zeroed counter)."""
         plan, stream = self.plan, self.stream
         tiles, counts = _empty(*plan.tiles, torch.int32), _empty(*plan.counts, torch.int64)
         room = _empty((plan.room,), (1,), torch.uint8)
@@ -165,8 +165,13 @@ class _Run:
                 columns,
                 *plan.attend_end,
             )
-        stages.tally.run(stream, *self.shape, tiles_at, counts_at, plan.heads, plan.batch)
         return tiles, counts, room
+
+    def count(self, tiles: Tensor, counts: Tensor, *, overlap: bool) -> None:
+        """Count what the tile mask of `decide` drops; overlap: beside the end of `attend`."""
+        plan, pointers = self.plan, (tiles.data_ptr(), counts.data_ptr())
+        tally = plan.gating.tally
+        tally.run(self.stream, *self.shape, *pointers, plan.heads, plan.batch, overlap=overlap)
 
     def keep_all(self) -> tuple[Tensor, Tensor, int]:
         """(tile mask, counts, address of a zeroed counter, which lies behind the counts)."""
@@ -218,12 +223,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, gate: Gate | None) ->
     else:
         tiles, counts, room = run.decide(gate)
         out, lse = run.attend(v, tiles, room.data_ptr() + 4)
+        run.count(tiles, counts, overlap=True)
     return Result(out, lse, tiles, counts)
 
 
 def tile_mask(q: Tensor, k: Tensor, call: Call, gate: Gate) -> tuple[Tensor, Tensor]:
     """The decision alone: (packed tile mask, counts)."""
-    tiles, counts, _ = _Run(q, k, call, plan_of(q, k, None, call, gate)).decide(gate)
+    run = _Run(q, k, call, plan_of(q, k, None, call, gate))
+    tiles, counts, _ = run.decide(gate)
+    run.count(tiles, counts, overlap=False)
     return tiles, counts
 
 

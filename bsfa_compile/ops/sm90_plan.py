@@ -139,12 +139,12 @@ class Plan:
         self.zero_words = (mask_size, 4 * self.heads, zeroed)
         self.tile_bytes = 4 * mask_size
         per_kv = self.heads // self.kv_heads
-        self.pairs = (self.rows * per_kv + 1) // 2 * self.kv_total
+        self.gate_items = -(-self.rows * per_kv // built.gate_units(self.d)) * self.kv_total
         self.items = self.batch * self.heads * self.rows
 
         heads, score = (self.heads, self.kv_heads), (key.scale, key.softcap)
         self.gate_order = self._order(_GATE_SHARE, self.row)
-        self.gate_end = (self.groups, *heads, self.pairs, *score)
+        self.gate_end = (self.groups, *heads, self.gate_items, *score)
         self.resolve_order = self._order(_GATE_SHARE, 2 * self.d)
         self.attend_order = self._order(_ATTEND_SHARE, 2 * (self.d + self.dv))
         self.attend_end = (*heads, self.items, *score)
@@ -161,7 +161,7 @@ class Plan:
                 strides=(self.row, extent, extent * self.kv_total),
                 box=(slab, keys),
             )
-            for keys in (built.slot_keys(self.d, self.mask), BLOCK_K)
+            for keys in (built.SLOT_KEYS, BLOCK_K)
         )
         self.processors = torch.cuda.get_device_properties(key.device).multi_processor_count
 
@@ -192,12 +192,12 @@ class Plan:
             what = built.resolve(d, mask, bf16=bf16, relative=self.relative)
             resolve = self._stage(what, (min(self.processors, self.items), 1), _MAP, _MAP, _RESOLVE)
         gate = built.gate(d, mask, bf16=bf16, relative=self.relative, exact=self.exact)
-        pairs = min(self.processors, self.pairs), 1
+        grid = min(self.processors, self.gate_items), 1
         chunks, groups = (self.chunks, self.kv_total), (self.groups, self.kv_total)
         return Gating(
             sum_keys=self._stage(built.sum_keys(d, bf16=bf16), chunks, _KEYS, "Q", _ZEROS),
             quantise=self._stage(built.quantise_keys(d, bf16=bf16), groups, _KEYS, *"QQQQ"),
-            gate=self._stage(gate, pairs, _MAP, _MAP, _MAP, _GATE),
+            gate=self._stage(gate, grid, _MAP, _MAP, _MAP, _GATE),
             resolve=resolve,
             tally=self._tally(fill=False),
         )

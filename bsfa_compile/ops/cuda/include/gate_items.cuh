@@ -10,19 +10,19 @@
 #define KEY_BYTES (HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 128 : 256)  // an int8 row of K
 #define SLAB_BYTES (KEY_BYTES < 128 ? KEY_BYTES : 128)  // its part in one swizzled slab
 #define K_SLABS (KEY_BYTES / SLAB_BYTES)
-// 256 keys a slot need 128 accumulators; 128 keys leave registers for wide heads and rich masks.
-#define PLAIN (HEAD_DIM <= 128 && !WINDOW && !PADDED && !SOFTCAP)
-#define SLOT_TILES (PLAIN ? 4 : 2)
+// Three warpgroups keep the tensor cores busy whatever one of them does; wide heads leave shared
+// memory for two.
+#define UNITS (HEAD_DIM <= 128 ? 3 : 2)
+#define SLOT_TILES 2
 #define SLOT_KEYS (SLOT_TILES * BLOCK_K)
 #define SLOT_BYTES (SLOT_KEYS * KEY_BYTES)
-#define GROUP_TILES 4
 #define GROUP_META 8
 #define CHANNEL_META (2 * KEY_BYTES)
-#define META_BYTES (GROUP_META * 4)
+#define META_BYTES 16  // of a slot's two tiles: their scales, their norms
 #define UNIT_BYTES (Q_SLABS * BLOCK_Q * 128)
 // Shared memory: barriers, item records, tile metadata of each slot; Q of both units; K slots.
 #define SMEM_LIMIT 232448
-#define FIT ((SMEM_LIMIT - 1024 - 2 * UNIT_BYTES) / SLOT_BYTES)
+#define FIT ((SMEM_LIMIT - 1024 - UNITS * UNIT_BYTES) / SLOT_BYTES)
 #define SLOTS (FIT < 8 ? FIT : 8)
 #define K_FULL 0
 #define K_EMPTY 64
@@ -31,9 +31,11 @@
 #define ITEM_FULL 144
 #define ITEM_EMPTY 160
 #define ITEM 192
-#define META 320
+#define ITEM_BYTES 80
+#define ITEM_UNIT 24  // where the first unit's part of an item is, 16 bytes each
+#define META 384  // 16 bytes each
 #define Q_AT 1024
-#define K_AT (Q_AT + 2 * UNIT_BYTES)
+#define K_AT (Q_AT + UNITS * UNIT_BYTES)
 
 struct Params {
   Shape shape;
@@ -59,9 +61,9 @@ struct Unit {
   }
 };
 
-// Unit `which` of the pair that stands at place.x of kv head place.y (batch rows unrolled).
+// Unit `which` of the item that stands at place.x of kv head place.y (batch rows unrolled).
 DEVICE Unit unit_of(const Params& p, int q_start, int2 place, int which) {
-  const int per_kv = p.heads / p.kv_heads, index = 2 * place.x + which;
+  const int per_kv = p.heads / p.kv_heads, index = UNITS * place.x + which;
   Unit u;
   u.exists = index < p.shape.rows * per_kv;
   u.row = u.exists ? p.shape.rows - 1 - index / per_kv : -1;
@@ -76,8 +78,8 @@ DEVICE float threshold_of(const Params& p, const Unit& u) {
   return p.thresholds_gmem[u.head * p.columns + min(u.span.block, p.columns - 1)];
 }
 
-DEVICE int pairs_of(const Params& p) {
-  return (p.shape.rows * (p.heads / p.kv_heads) + 1) / 2;
+DEVICE int places_of(const Params& p) {
+  return (p.shape.rows * (p.heads / p.kv_heads) + UNITS - 1) / UNITS;
 }
 
 // What the loader needs to know of an item; kv < 0: there is none left.
@@ -88,21 +90,22 @@ struct Item {
 // Takes the next item, the it-th of this CTA: announces it, has its Q loaded (as the loaded-th).
 DEVICE Item take_item(const Params& p, const TensorMap* q_map, u32 smem, int it, int& loaded) {
   const int item = atomicAdd(p.counter_gmem, 1), s = it & 1;
-  const u32 record = smem + ITEM + 64 * s;
+  const u32 record = smem + ITEM + ITEM_BYTES * s;
   barrier_wait(smem + ITEM_EMPTY + 8 * s, (it >> 1 & 1) ^ 1);
-  const int2 place = place_of(p.order, pairs_of(p), min(item, p.items - 1));
+  const int2 place = place_of(p.order, places_of(p), min(item, p.items - 1));
   Item out = {item < p.items ? place.y : -1, 0, -1, 0, 0};
   int active = 0;  // a bit for each unit that has work
   if (item < p.items) {
 #pragma unroll 1
-    for (int w = 0; w < 2; w++) {
+    for (int w = 0; w < UNITS; w++) {
       Unit unit = unit_of(p, start_of(p.shape), place, w);
       unit.threshold = threshold_of(p, unit);
       store_shared(record + 20, unit.batch);
-      store_shared(record + 32 + 12 * w, unit.row);
-      store_shared(record + 36 + 12 * w, unit.head);
-      store_shared(record + 40 + 12 * w, __float_as_uint(unit.threshold));
-      store_shared(record + 56 + 4 * w, unit.span.row0);
+      const u32 own = record + ITEM_UNIT + 16 * w;
+      store_shared(own, unit.row);
+      store_shared(own + 4, unit.head);
+      store_shared(own + 8, __float_as_uint(unit.threshold));
+      store_shared(own + 12, unit.span.row0);
       if (unit.idle()) continue;
       active |= 1 << w;
       const int low = unit.span.tile_lo, high = unit.span.tile_hi;
@@ -129,9 +132,10 @@ DEVICE Item take_item(const Params& p, const TensorMap* q_map, u32 smem, int it,
   loaded++;
   barrier_expect(smem + Q_FULL, __popc(active) * UNIT_BYTES);
 #pragma unroll 1
-  for (int w = 0; w < 2; w++) {
+  for (int w = 0; w < UNITS; w++) {
     if (!(active >> w & 1)) continue;
-    const int row0 = load_shared(record + 56 + 4 * w), head = load_shared(record + 36 + 12 * w);
+    const u32 own = record + ITEM_UNIT + 16 * w;
+    const int row0 = load_shared(own + 12), head = load_shared(own + 4);
     const int batch = load_shared(record + 20);
     for (int d = 0; d < Q_SLABS; d++)
       tma_load(smem + Q_AT + w * UNIT_BYTES + d * BLOCK_Q * 128, q_map, smem + Q_FULL, d * 64,
@@ -160,8 +164,7 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
       const bool in_16_bits = EXACT_SINKS && sink;
       barrier_expect(full, (in_16_bits ? UNIT_BYTES / 2 : sink ? BLOCK_K * KEY_BYTES : SLOT_BYTES) +
                                META_BYTES);
-      bulk_load(smem + META + 64 * slot, meta_gmem + tile / GROUP_TILES * GROUP_META, META_BYTES,
-                full);
+      bulk_load(smem + META + META_BYTES * slot, meta_gmem + tile / SLOT_TILES * 4, META_BYTES, full);
       if (in_16_bits) {
         for (int d = 0; d < Q_SLABS; d++)
           tma_load(to + d * BLOCK_K * 128, k_tile_map, full, d * 64, tile * BLOCK_K,

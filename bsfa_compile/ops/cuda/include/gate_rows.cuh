@@ -22,7 +22,7 @@ struct Row {
   float mean, per_unit;  // q.mean(K); what makes a dot product in 16 bits one of these
 #endif
   // Below this the row changes nothing.
-  DEVICE float bound() const { return m + (RELATIVE && t > 0.f ? 0.f : t); }
+  DEVICE float bound() const { return m + (RELATIVE ? min_nan(t, 0.f) : t); }
   // A row without a say.
   DEVICE void silence() {
     m = -NEG_INF;
@@ -81,43 +81,60 @@ DEVICE void raise(const Scale& p, Row& row, float scale_k, int top) {
   if (top > HIDDEN) row.m = fmaxf(row.m, score_of(p, row, scale_k, top));
 }
 
-// Whether a row of this lane may pass somewhere in a block of 64 rows x TILES tiles. reach: its score
-// with the margin; x: the thread's row maxima in each tile; meta: the tiles' scales and norms in
-// shared memory (quantise.cu).
-template <int TILES>
-DEVICE bool may_pass(const Scale& p, const int (&x)[TILES][2], const Row (&row)[2], u32 meta,
-                     float (&reach)[TILES][2]) {
+// What a thread knows of a slot's tiles: where their scales and norms lie (two each), the largest.
+struct Meta {
+  u32 at;
+  float scale, norm;
+  DEVICE float scale_of(int tile) const { return load_shared_float(at + tile * 4); }
+  DEVICE float norm_of(int tile) const { return load_shared_float(at + 8 + tile * 4); }
+};
+
+DEVICE Meta meta_of(u32 at) {
+  const float4 m = load_shared_floats(at);
+  return {at, fmaxf(m.x, m.y), max_nan(m.z, m.w)};
+}
+
+// Whether a row of this lane may pass in a block of 64 rows x 2 tiles, told from the largest scale and
+// norm: false is certain. x: the thread's row maxima in each tile.
+DEVICE bool may_pass(const Scale& p, const int (&x)[2][2], const Row (&row)[2], const Meta& meta) {
   bool some = false;
 #pragma unroll
-  for (int t = 0; t < TILES; t++) {
-    const float scale_k = load_shared_float(meta + t * 4);
-    const float norm_k = load_shared_float(meta + 16 + t * 4);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const float margin = margin_of(row[r], scale_k, norm_k);
-      reach[t][r] = reach_of(p, row[r], scale_k, margin, x[t][r]);
-      some |= !(reach[t][r] < row[r].bound());
-    }
+  for (int r = 0; r < 2; r++) {
+    const int top = __vimax_s32_relu(x[0][r], x[1][r]);
+    const float margin = margin_of(row[r], meta.scale, meta.norm);
+    some |= !(reach_of(p, row[r], meta.scale, margin, top) < row[r].bound());
   }
   return some;
 }
 
+// Each row's score in each tile with the margin.
+DEVICE void reach_of(const Scale& p, const int (&x)[2][2], const Row (&row)[2], const Meta& meta,
+                     float (&reach)[2][2]) {
+#pragma unroll
+  for (int t = 0; t < 2; t++) {
+    const float scale_k = meta.scale_of(t), norm_k = meta.norm_of(t);
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+      reach[t][r] = reach_of(p, row[r], scale_k, margin_of(row[r], scale_k, norm_k), x[t][r]);
+  }
+}
+
 // Whether a row of this lane may raise its running maximum, or may pass and yet not (T > 0).
-template <int TILES> DEVICE bool may_raise(const float (&reach)[TILES][2], const Row (&row)[2]) {
+DEVICE bool may_raise(const float (&reach)[2][2], const Row (&row)[2]) {
   bool some = row[0].t > 0.f || row[1].t > 0.f;
 #pragma unroll
-  for (int t = 0; t < TILES; t++)
+  for (int t = 0; t < 2; t++)
 #pragma unroll
     for (int r = 0; r < 2; r++) some |= !(reach[t][r] <= row[r].m);
   return some;
 }
 
 // Gives the four lanes of a quad the same row maxima.
-template <int TILES> DEVICE void share_maxima(int (&x)[TILES][2]) {
+DEVICE void share_maxima(int (&x)[2][2]) {
 #pragma unroll
   for (int lanes = 1; lanes <= 2; lanes++)
 #pragma unroll
-    for (int t = 0; t < TILES; t++)
+    for (int t = 0; t < 2; t++)
 #pragma unroll
       for (int r = 0; r < 2; r++)
         x[t][r] = max(x[t][r], __shfl_xor_sync(FULL_WARP, x[t][r], lanes));
@@ -125,27 +142,23 @@ template <int TILES> DEVICE void share_maxima(int (&x)[TILES][2]) {
 
 // Decides the tiles of one block in visiting order, the last first. Returns the tiles that pass for
 // this lane's rows and columns. Where no row raises its running maximum the order does not matter,
-// and a lane needs no other's columns. edge: some of the block is hidden.
-template <int TILES>
-DEVICE u32 decide(const Scale& p, int (&x)[TILES][2], Row (&row)[2], u32 meta, bool edge) {
+// and a lane needs no other's columns.
+DEVICE u32 decide(const Scale& p, int (&x)[2][2], Row (&row)[2], const Meta& meta) {
   u32 bits = 0;
-  if (!SOFTCAP && !__any_sync(FULL_WARP, edge)) {
-    float reach[TILES][2];
-    if (!__any_sync(FULL_WARP, may_pass(p, x, row, meta, reach))) return 0;
-    if (!RELATIVE || !__any_sync(FULL_WARP, may_raise(reach, row))) {
+  float reach[2][2];
+  reach_of(p, x, row, meta, reach);
+  if (!RELATIVE || !__any_sync(FULL_WARP, may_raise(reach, row))) {
 #pragma unroll
-      for (int t = 0; t < TILES; t++)
+    for (int t = 0; t < 2; t++)
 #pragma unroll
-        for (int r = 0; r < 2; r++)
-          if (!(reach[t][r] < row[r].bound())) bits |= 1u << t;
-      return bits;
-    }
+      for (int r = 0; r < 2; r++)
+        if (x[t][r] > HIDDEN && !(reach[t][r] < row[r].m + row[r].t)) bits |= 1u << t;
+    return bits;
   }
-  if (RELATIVE) share_maxima(x);
+  share_maxima(x);
 #pragma unroll
-  for (int t = TILES - 1; t >= 0; t--) {
-    const float scale_k = load_shared_float(meta + t * 4);
-    const float norm_k = load_shared_float(meta + 16 + t * 4);
+  for (int t = 1; t >= 0; t--) {
+    const float scale_k = meta.scale_of(t), norm_k = meta.norm_of(t);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const float margin = margin_of(row[r], scale_k, norm_k);

@@ -9,22 +9,20 @@
 #define CERTAIN 16
 
 #if !RELATIVE
-// Sifts one block of 64 rows x TILES tiles. Says, alike in all lanes, where several of the warp's
+// Sifts one block of 64 rows x 2 tiles. Says, alike in all lanes, where several of the warp's
 // rows are open, and where some row passes. A tile with one that is open goes to `entries`. `place`:
 // code of the warp's first row in the first tile. Every branch is a vote: one that the compiler
 // takes for divergent costs the loop its uniform registers.
-template <int TILES>
-DEVICE u32 sift(const Scale& p, const int (&x)[TILES][2], const Row (&row)[2], u32 meta, int lane,
-                u32 line, u32 place, Entries& entries) {
-  float most[TILES][2];
-  if (!__any_sync(FULL_WARP, may_pass(p, x, row, meta, most))) return 0;
+DEVICE u32 sift(const Scale& p, const int (&x)[2][2], const Row (&row)[2], const Meta& meta,
+                int lane, u32 line, u32 place, Entries& entries) {
+  float most[2][2];
+  reach_of(p, x, row, meta, most);
   u32 passing = 0, several = 0;
 #pragma unroll
-  for (int t = 0; t < TILES; t++) {
+  for (int t = 0; t < 2; t++) {
     if (!__any_sync(FULL_WARP, !(most[t][0] < row[0].bound()) || !(most[t][1] < row[1].bound())))
       continue;
-    const float scale_k = load_shared_float(meta + t * 4);
-    const float norm_k = load_shared_float(meta + 16 + t * 4);
+    const float scale_k = meta.scale_of(t), norm_k = meta.norm_of(t);
     bool passes = false, open[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -70,37 +68,33 @@ DEVICE float2 raise_within(const Scale& p, Row& row, float scale_k, float norm_k
   return make_float2(least, most);
 }
 
-// Sifts one block of 64 rows x TILES tiles in visiting order, the last first. A row's running
+// Sifts one block of 64 rows x 2 tiles in visiting order, the last first. A row's running
 // maximum is known to lie in [m, high]. A tile that no row may raise it in, and no row is open in,
 // needs no second look, also for what follows. Says it for this lane's rows, as decide() does.
-template <int TILES>
-DEVICE u32 sift(const Scale& p, int (&x)[TILES][2], Row (&row)[2], u32 meta, bool edge) {
+DEVICE u32 sift(const Scale& p, int (&x)[2][2], Row (&row)[2], const Meta& meta) {
   u32 bits = 0;
-  if (!SOFTCAP && !__any_sync(FULL_WARP, edge)) {
-    float most[TILES][2];
-    if (!__any_sync(FULL_WARP, may_pass(p, x, row, meta, most))) return 0;
-    if (!__any_sync(FULL_WARP, may_raise(most, row))) {
+  float most[2][2];
+  reach_of(p, x, row, meta, most);
+  if (!__any_sync(FULL_WARP, may_raise(most, row))) {
 #pragma unroll
-      for (int t = 0; t < TILES; t++) {
-        const float scale_k = load_shared_float(meta + t * 4);
-        const float norm_k = load_shared_float(meta + 16 + t * 4);
+    for (int t = 0; t < 2; t++) {
+      const float scale_k = meta.scale_of(t), norm_k = meta.norm_of(t);
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const float margin = margin_of(row[r], scale_k, norm_k);
-          const float least = reach_of(p, row[r], scale_k, -margin, x[t][r]);
-          if (!(most[t][r] < row[r].bound())) bits |= 1u << t;
-          if (least >= row[r].high + row[r].t) bits |= 1u << (t + CERTAIN);
-        }
+      for (int r = 0; r < 2; r++) {
+        const float margin = margin_of(row[r], scale_k, norm_k);
+        const float least = reach_of(p, row[r], scale_k, -margin, x[t][r]);
+        const bool seen = x[t][r] > HIDDEN;
+        if (seen && !(most[t][r] < row[r].m + row[r].t)) bits |= 1u << t;
+        if (seen && least >= row[r].high + row[r].t) bits |= 1u << (t + CERTAIN);
       }
-      return bits;
     }
-    pin(x);  // nothing computed above is worth a register below
+    return bits;
   }
+  pin(x);  // nothing computed above is worth a register below
   share_maxima(x);
 #pragma unroll
-  for (int t = TILES - 1; t >= 0; t--) {
-    const float scale_k = load_shared_float(meta + t * 4);
-    const float norm_k = load_shared_float(meta + 16 + t * 4);
+  for (int t = 1; t >= 0; t--) {
+    const float scale_k = meta.scale_of(t), norm_k = meta.norm_of(t);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const Row before = row[r];

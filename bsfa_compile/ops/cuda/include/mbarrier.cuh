@@ -24,6 +24,16 @@ DEVICE bool barrier_try(u32 barrier, u32 parity) {
       : "memory");
   return done;
 }
+// The same, but never waits.
+DEVICE bool barrier_test(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
 // Waits for the phase of this parity to end. A pipeline that never gets there traps, since a
 // kernel that hangs takes the whole card with it.
 DEVICE void barrier_wait(u32 barrier, u32 parity) {

@@ -12,6 +12,12 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return r;
 }
 
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
 // x, but nothing known of it: keeps the compiler from computing it again, or ahead of time.
 __device__ __forceinline__ unsigned opaque(unsigned x) {
   asm volatile("mov.b32 %0, %0;" : "+r"(x));

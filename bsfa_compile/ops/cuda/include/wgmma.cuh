@@ -126,7 +126,3 @@ template <bool ACC> DEVICE void wgmma_s8(int (&d)[64], const u32* x, u64 y) {
   if constexpr (ACC) BSFA_S8(64, 128, "%64", "%65", "%66", "%67", "%68", "+r", "1");
   else BSFA_S8(64, 128, "%64", "%65", "%66", "%67", "%68", "=r", "0");
 }
-template <bool ACC> DEVICE void wgmma_s8(int (&d)[128], const u32* x, u64 y) {
-  if constexpr (ACC) BSFA_S8(128, 256, "%128", "%129", "%130", "%131", "%132", "+r", "1");
-  else BSFA_S8(128, 256, "%128", "%129", "%130", "%131", "%132", "=r", "0");
-}

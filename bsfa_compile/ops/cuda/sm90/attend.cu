@@ -254,8 +254,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     barrier_init_done();
   }
   __syncthreads();
-  allow_next_kernel();
   wait_for_previous_kernel();
+  allow_next_kernel();  // which reads what the kernels before this one wrote
   if (warpgroup == 0) {
     registers_down<LOADER_REGISTERS>();
     if (threadIdx.x < 32) load_items(p, &q_map, &k_map, &v_map, smem);

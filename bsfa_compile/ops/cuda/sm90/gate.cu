@@ -26,10 +26,11 @@
 #include "wgmma.cuh"
 
 #define ACCUMULATORS (SLOT_KEYS / 2)
+#define THREADS (128 * (UNITS + 1))
 // A lane of each warpgroup: 504 in all, which is what the kernel starts with; asking for more
 // waits forever.
-#define LOADER_REGISTERS 56
-#define CONSUMER_REGISTERS 224
+#define LOADER_REGISTERS (UNITS == 3 ? 48 : 56)
+#define CONSUMER_REGISTERS (UNITS == 3 ? 152 : 224)
 
 // Queues S = Q.K for 64 rows and the keys from k_smem on; slabs of K are `keys` rows high.
 template <int R>
@@ -69,15 +70,14 @@ DEVICE void skip_slots(u32 smem, int lane, int slots, u32& slot, u32& full) {
   }
 }
 
-// The last slot that was multiplied: what its first half's rows keep, and what judging the second
-// half's takes.
-struct Judged {
-  u32 bits, meta, empty;
+// The slot multiplied last, of which the second half of the rows is still to be judged.
+struct Slot {
+  Meta meta;
+  u32 empty;  // its barrier
   int tile;
-  bool edge;
 };
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     gate(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
          const __grid_constant__ TensorMap k_tile_map, const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 dynamic_smem[];
@@ -86,13 +86,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < SLOTS; i++) {
       barrier_init(smem + K_FULL + 8 * i, 1);
-      barrier_init(smem + K_EMPTY + 8 * i, 8);
+      barrier_init(smem + K_EMPTY + 8 * i, 4 * UNITS);
     }
     barrier_init(smem + Q_FULL, 1);
-    barrier_init(smem + Q_EMPTY, 8);
+    barrier_init(smem + Q_EMPTY, 4 * UNITS);
     for (int i = 0; i < 2; i++) {
       barrier_init(smem + ITEM_FULL + 8 * i, 1);
-      barrier_init(smem + ITEM_EMPTY + 8 * i, 256);
+      barrier_init(smem + ITEM_EMPTY + 8 * i, 128 * UNITS);
     }
     barrier_init_done();
   }
@@ -111,15 +111,16 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   Entries entries = {};
   for (int it = 0, loaded = 0;; it++) {
     barrier_wait(smem + ITEM_FULL + 8 * (it & 1), it >> 1 & 1);
-    const u32 record = smem + ITEM + 64 * (it & 1);
+    const u32 record = smem + ITEM + ITEM_BYTES * (it & 1);
     auto field = [&](u32 offset) { return uniform(load_shared(record + offset)); };
     const int kv = field(0), lo = field(4), hi = field(8), sink_lo = field(12);
     const int sinks = field(16) - sink_lo;
     Unit unit;
     unit.batch = field(20);
-    unit.row = field(32 + 12 * which);
-    unit.head = field(36 + 12 * which);
-    unit.threshold = __uint_as_float(field(40 + 12 * which));
+    const u32 own = ITEM_UNIT + 16 * which;
+    unit.row = field(own);
+    unit.head = field(own + 4);
+    unit.threshold = __uint_as_float(field(own + 8));
     unit.exists = unit.row >= 0;
     barrier_arrive(smem + ITEM_EMPTY + 8 * (it & 1));
     if (kv < 0) {
@@ -179,11 +180,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     // Slots bring the sink tiles one by one (n < sinks), then groups of tiles downwards.
 #pragma unroll 1
     for (int n = 0; n < sinks; n++) {
-      const u32 k_smem = smem + K_AT + slot * SLOT_BYTES, meta = smem + META + 64 * slot;
+      const u32 k_smem = smem + K_AT + slot * SLOT_BYTES, meta = smem + META + META_BYTES * slot;
       barrier_wait(smem + K_FULL + 8 * slot, full);
       if (RELATIVE && !idle) {
-        const u32 scales = meta + (sink_lo + n) % GROUP_TILES * 4;
-        const float scale_k = load_shared_float(scales), norm_k = load_shared_float(scales + 16);
+        const u32 scales = meta + (sink_lo + n) % SLOT_TILES * 4;
+        const float scale_k = load_shared_float(scales), norm_k = load_shared_float(scales + 8);
 #if EXACT_SINKS
         float s[2][32], x[2];
 #pragma unroll
@@ -199,7 +200,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
           if (f == 0) wgmma_wait<1>();
           else wgmma_wait<0>();
           pin(s[f]);
-          hide(s[f], p.shape, unit.batch, sink_lo + n, span.low + f * 64 + row0, lane);
+          if (cut(p.shape, span, unit.batch, sink_lo + n))
+            hide(s[f], p.shape, unit.batch, sink_lo + n, span.low + f * 64 + row0, lane);
           tile_max<32, 0>(s[f], x[0], x[1]);
 #pragma unroll
           for (int r = 0; r < 2; r++) {
@@ -229,35 +231,33 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     skip_slots(smem, lane, hi - first, slot, full);
     // A product's maxima are judged while the next product is under way.
     int x[SLOT_TILES][2];
-    Judged judged = {};
-    u32 word = 0, certain = 0, raising = 0;
-    auto judge = [&](int f, int tile, u32 meta, bool edge) {
+    Slot judged = {};
+    u32 word = 0, certain = 0, raising = 0;  // of the tiles seen so far of 32
+    auto judge = [&](int f, const Slot& of) {
+      if (!__any_sync(FULL_WARP, may_pass(p.scale, x, row[f], of.meta))) return;
 #if EXACT && RELATIVE
-      return sift(p.scale, x, row[f], meta, edge);
+      const u32 bits = sift(p.scale, x, row[f], of.meta);
 #elif EXACT
-      const u32 place = tile << TILE_SHIFT | f << 8 | warp << 6;
-      return sift(p.scale, x, row[f], meta, lane, line, place, entries);
+      const u32 place = of.tile << TILE_SHIFT | f << 8 | warp << 6;
+      const u32 bits = sift(p.scale, x, row[f], of.meta, lane, line, place, entries);
+      if (__any_sync(FULL_WARP, entries.count > 32 - 2 * SLOT_TILES))
+        entries.flush(p.undecided, p.shape.words, lane);
 #else
-      return decide(p.scale, x, row[f], meta, edge);
+      const u32 bits = decide(p.scale, x, row[f], of.meta);
+#endif
+      constexpr u32 ALL = (1u << SLOT_TILES) - 1;
+      word |= (bits & ALL) << of.tile % 32;
+#if EXACT
+      certain |= bits >> CERTAIN << of.tile % 32;
+      raising |= (bits >> RAISE & ALL) << of.tile % 32;
 #endif
     };
     auto finish = [&]() {
-      judged.bits |= judge(1, judged.tile, judged.meta, judged.edge);
-#if EXACT && !RELATIVE
-      if (__any_sync(FULL_WARP, entries.count > 32 - 2 * SLOT_TILES))
-        entries.flush(p.undecided, p.shape.words, lane);
-#endif
+      judge(1, judged);
       __syncwarp();
       if (lane == 0) barrier_arrive(judged.empty);
     };
     auto write = [&]() {
-#if EXACT
-      certain |= judged.bits >> CERTAIN << judged.tile % 32;
-      raising |= (judged.bits >> RAISE & (1u << SLOT_TILES) - 1) << judged.tile % 32;
-      judged.bits &= (1u << SLOT_TILES) - 1;
-#endif
-      word |= judged.bits << judged.tile % 32;
-      if (judged.tile % 32 && judged.tile / SLOT_TILES != last) return;
       const int j = judged.tile / 32 * 32 + lane;
       const bool seen = visible(p.shape, span, unit.batch, j);
       const u32 visibles = __ballot_sync(FULL_WARP, seen);
@@ -278,42 +278,39 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       if (lane == 0 && word) atomicOr(mask + judged.tile / 32, word);
       word = 0;
     };
+    bool here = false;  // the next slot's keys
 #pragma unroll 1
     for (int group = first; group >= last; group--) {
-      const u32 k_smem = smem + K_AT + slot * SLOT_BYTES, empty = smem + K_EMPTY + 8 * slot;
-      const int tile = group * SLOT_TILES;
-      const u32 meta = smem + META + 64 * slot + tile % GROUP_TILES * 4;
-      bool edge = group == top;
+      const u32 k_smem = smem + K_AT + slot * SLOT_BYTES, meta = smem + META + META_BYTES * slot;
+      if (!here) barrier_wait(smem + K_FULL + 8 * slot, full);
+      Slot now;
+      now.tile = group * SLOT_TILES;
+      now.empty = smem + K_EMPTY + 8 * slot;
+      if (++slot == SLOTS) slot = 0, full ^= 1;
+      bool edge = group == top;  // some of it is hidden
       if (WINDOW || PADDED)
 #pragma unroll 1
         for (int t = 0; t < SLOT_TILES; t++)
-          edge |= tile + t < span.tile_hi && cut(p.shape, span, unit.batch, tile + t);
-      barrier_wait(smem + K_FULL + 8 * slot, full);
-      if (++slot == SLOTS) slot = 0, full ^= 1;
+          edge |= now.tile + t < span.tile_hi && cut(p.shape, span, unit.batch, now.tile + t);
       int s[ACCUMULATORS];
       auto reduce = [&](int f) {
         wgmma_wait<0>();
         pin(s);
-        if (edge) hide(s, p.shape, unit.batch, tile, span.low + f * 64 + row0, lane);
+        if (edge) hide(s, p.shape, unit.batch, now.tile, span.low + f * 64 + row0, lane);
         tile_max<ACCUMULATORS, 0>(s, x[0][0], x[0][1]);
         tile_max<ACCUMULATORS, 1>(s, x[1][0], x[1][1]);
-#if PLAIN
-        tile_max<ACCUMULATORS, 2>(s, x[2][0], x[2][1]);
-        tile_max<ACCUMULATORS, 3>(s, x[3][0], x[3][1]);
-#endif
       };
       multiply(s, a[0], k_smem, SLOT_KEYS);
       pin(x);
       if (group < first) finish();
       reduce(0);
-      if (group < first) write();
+      if (group < first && judged.tile % 32 == 0) write();
       multiply(s, a[1], k_smem, SLOT_KEYS);
       pin(x);
-      judged.bits = judge(0, tile, meta, edge);
-      judged.tile = tile;
-      judged.meta = meta;
-      judged.empty = empty;
-      judged.edge = edge;
+      here = group > last && barrier_test(smem + K_FULL + 8 * slot, full);
+      now.meta = meta_of(meta);
+      judge(0, now);
+      judged = now;
       reduce(1);
     }
     if (first >= last) {

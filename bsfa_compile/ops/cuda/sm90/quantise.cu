@@ -11,7 +11,7 @@
 
 #define ROW_BYTES (HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 128 : 256)  // an int8 row, padded
 #define GROUP_TILES 4
-#define GROUP_META 8  // floats: 4 scales, 4 norms
+#define GROUP_META 8  // floats: two scales and two norms for each pair of tiles
 #define NAN __int_as_float(0x7fffffff)
 #define CHANNEL_META (2 * ROW_BYTES)  // floats of a kv head: one for each channel, then another
 
@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(256)
   if (row < ROWS) {
     float shift[8];
     unpack8(__ldg((const uint4*)(origin(p, head) + lane * 8)), shift);
-#pragma unroll 4
+#pragma unroll 8
     for (int key = blockIdx.x * p.chunk + row; key < stop; key += ROWS) {
       float x[8];
       unpack8(__ldg((const uint4*)(row_of(p, head, key) + lane * 8)), x);
@@ -173,8 +173,8 @@ extern "C" __global__ void __launch_bounds__(GROUP_TILES* TILE_THREADS, ROW_BYTE
   const float inverse = 1.f / scale;
   if (t % TILE_THREADS == 0) {
     float* meta = meta_gmem + ((i64)head * gridDim.x + blockIdx.x) * GROUP_META;
-    meta[tile] = scale;
-    meta[4 + tile] = finite ? sqrtf(norm) * INT8_MARGIN : NAN;
+    meta[tile / 2 * 4 + tile % 2] = scale;
+    meta[tile / 2 * 4 + 2 + tile % 2] = finite ? sqrtf(norm) * INT8_MARGIN : NAN;
   }
 #pragma unroll
   for (int i = 0; i < STEPS; i++) {

@@ -2,7 +2,9 @@
 // keeps every visible tile. A warp per mask row, a lane per tile.
 //
 // counts [H, 2] gains (dropped, candidates): candidates are the visible tiles that are not always
-// kept. Macros: CAUSAL, WINDOW, PADDED, FILL.
+// kept. Counting may run beside the end of attend.cu, which starts once the mask is final and only
+// then lets this kernel start; what comes after this one finds attention done. Macros: CAUSAL, WINDOW,
+// PADDED, FILL.
 #include "base.cuh"
 #include "spans.cuh"
 #include "warps.cuh"
@@ -11,10 +13,9 @@
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     tally(const Shape shape, u32* mask_gmem, u64* counts_gmem, int heads, int batch_rows) {
-  wait_for_previous_kernel();
   allow_next_kernel();
   const int lane = threadIdx.x & 31, line = blockIdx.x * WARPS + (threadIdx.x >> 5);
-  if (line >= batch_rows * heads * shape.rows) return;
+  if (line >= batch_rows * heads * shape.rows) return;  // other warps wait below
   const int i = line % shape.rows, head = line / shape.rows % heads;
   const int batch = line / shape.rows / heads;
   const Span span = span_of(shape, start_of(shape), i);
@@ -37,4 +38,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     if (dropped) atomicAdd(counts_gmem + 2 * head, (u64)dropped);
     atomicAdd(counts_gmem + 2 * head + 1, (u64)candidates);
   }
+  wait_for_previous_kernel();
 }
