@@ -66,8 +66,10 @@ def gate(d: int, mask: Mask, *, bf16: bool, relative: bool, exact: bool = False)
     """The int8 gate; exact: it says what int8 leaves undecided."""
     defines = {"HEAD_DIM": d, "BF16": int(bf16), "RELATIVE": int(relative)}
     defines |= {**mask.defines(), "SOFTCAP": int(mask.softcap), "EXACT": int(exact)}
-    smem = _ring(gate_units(d) * _slabs(d) * _BLOCK_Q * 128, SLOT_KEYS * row_bytes(d))
-    threads = 128 * (gate_units(d) + 1)
+    units = gate_units(d, mask)
+    channels = -(-8 * row_bytes(d) // 1024) * 1024  # K's mean and spread
+    smem = _ring(channels + units * _slabs(d) * _BLOCK_Q * 128, SLOT_KEYS * row_bytes(d))
+    threads = 128 * (units + 1)
     return Built(variant=_variant("gate", "gate", defines), threads=threads, smem=smem)
 
 
@@ -92,7 +94,7 @@ def _slabs(d: int) -> int:
 
 
 def _ring(q: int, slot: int) -> int:
-    """Shared memory of a gate: q bytes of Q, and slots of K, as many as fit up to 8."""
+    """Shared memory of a gate: q bytes for Q, and slots of K, as many as fit up to 8."""
     return 1024 + q + min(8, (_SMEM_LIMIT - 1024 - q) // slot) * slot
 
 
@@ -101,9 +103,9 @@ def sum_chunk(k_len: int) -> int:
     return max(512, -(-k_len // 32))
 
 
-def gate_units(d: int) -> int:
+def gate_units(d: int, mask: Mask) -> int:
     """Units, q blocks of one head, that a block of threads of the gate works on at a time."""
-    return 3 if d <= 128 else 2
+    return 3 if d <= 128 and mask.window + mask.padded + mask.softcap <= 1 else 2
 
 
 def attend(d: int, dv: int, mask: Mask, *, bf16: bool, listed: bool) -> Built:

@@ -10,9 +10,9 @@
 #define KEY_BYTES (HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 128 : 256)  // an int8 row of K
 #define SLAB_BYTES (KEY_BYTES < 128 ? KEY_BYTES : 128)  // its part in one swizzled slab
 #define K_SLABS (KEY_BYTES / SLAB_BYTES)
-// Three warpgroups keep the tensor cores busy whatever one of them does; wide heads leave shared
-// memory for two.
-#define UNITS (HEAD_DIM <= 128 ? 3 : 2)
+// Three warpgroups keep the tensor cores busy whatever one of them does. Wide heads leave shared
+// memory for two, rich masks registers.
+#define UNITS (HEAD_DIM <= 128 && WINDOW + PADDED + SOFTCAP <= 1 ? 3 : 2)
 #define SLOT_TILES 2
 #define SLOT_KEYS (SLOT_TILES * BLOCK_K)
 #define SLOT_BYTES (SLOT_KEYS * KEY_BYTES)
@@ -20,9 +20,11 @@
 #define CHANNEL_META (2 * KEY_BYTES)
 #define META_BYTES 16  // of a slot's two tiles: their scales, their norms
 #define UNIT_BYTES (Q_SLABS * BLOCK_Q * 128)
-// Shared memory: barriers, item records, tile metadata of each slot; Q of both units; K slots.
+#define CHANNEL_BYTES (CHANNEL_META * 4)
+// Shared memory: barriers, item records, tile metadata of each slot; the channels of K; Q of all
+// units; K slots.
 #define SMEM_LIMIT 232448
-#define FIT ((SMEM_LIMIT - 1024 - UNITS * UNIT_BYTES) / SLOT_BYTES)
+#define FIT ((SMEM_LIMIT - K_AT) / SLOT_BYTES)
 #define SLOTS (FIT < 8 ? FIT : 8)
 #define K_FULL 0
 #define K_EMPTY 64
@@ -34,7 +36,8 @@
 #define ITEM_BYTES 80
 #define ITEM_UNIT 24  // where the first unit's part of an item is, 16 bytes each
 #define META 384  // 16 bytes each
-#define Q_AT 1024
+#define CHANNELS 1024
+#define Q_AT (CHANNELS + (CHANNEL_BYTES + 1023) / 1024 * 1024)
 #define K_AT (Q_AT + UNITS * UNIT_BYTES)
 
 struct Params {
@@ -130,7 +133,8 @@ DEVICE Item take_item(const Params& p, const TensorMap* q_map, u32 smem, int it,
 
   barrier_wait(smem + Q_EMPTY, (loaded & 1) ^ 1);
   loaded++;
-  barrier_expect(smem + Q_FULL, __popc(active) * UNIT_BYTES);
+  barrier_expect(smem + Q_FULL, CHANNEL_BYTES + __popc(active) * UNIT_BYTES);
+  bulk_load(smem + CHANNELS, p.mean_gmem + (i64)out.kv * CHANNEL_META, CHANNEL_BYTES, smem + Q_FULL);
 #pragma unroll 1
   for (int w = 0; w < UNITS; w++) {
     if (!(active >> w & 1)) continue;

@@ -32,8 +32,8 @@ template <class Use> DEVICE void for_slab(u32 q_smem, int row, int lane, int sla
 }
 
 // Multiplies a lane's four of 16 channels by what K is divided by.
-DEVICE void spread_out(float (&x)[4], const float* spread_gmem, int lane) {
-  const float4 spread = ((const float4*)spread_gmem)[lane & 3];
+DEVICE void spread_out(float (&x)[4], u32 spread_smem, int lane) {
+  const float4 spread = load_shared_floats(spread_smem + (lane & 3) * 16);
   x[0] *= spread.x;
   x[1] *= spread.y;
   x[2] *= spread.z;
@@ -45,9 +45,10 @@ struct Steps {
   float sq[2], inverse[2];
 };
 
-// What is to be known of the two rows. mean_gmem, spread_gmem: of each channel of K (quantise.cu).
-DEVICE Steps measure(const Scale& p, u32 q_smem, int row, int lane, const float* mean_gmem,
-                     const float* spread_gmem, float threshold, Row (&out)[2]) {
+// What is to be known of the two rows. channels_smem: K's mean of each channel, then its spread
+// (quantise.cu).
+DEVICE Steps measure(const Scale& p, u32 q_smem, int row, int lane, u32 channels_smem,
+                     float threshold, Row (&out)[2]) {
   float peak[2] = {}, square[2] = {}, with_mean[2] = {};
 #pragma unroll SLABS_AT_ONCE
   for (int slab = 0; slab < Q_SLABS; slab++)
@@ -55,10 +56,10 @@ DEVICE Steps measure(const Scale& p, u32 q_smem, int row, int lane, const float*
       const int r = i % 2;
       if (channel >= K_STEPS * 32) return;
       if (!RELATIVE || SOFTCAP || EXACT_SINKS) {
-        const float4 mean = ((const float4*)(mean_gmem + channel))[lane & 3];
+        const float4 mean = load_shared_floats(channels_smem + channel * 4 + (lane & 3) * 16);
         with_mean[r] += x[0] * mean.x + x[1] * mean.y + x[2] * mean.z + x[3] * mean.w;
       }
-      spread_out(x, spread_gmem + channel, lane);
+      spread_out(x, channels_smem + (KEY_BYTES + channel) * 4, lane);
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         peak[r] = fmaxf(peak[r], fabsf(x[e]));
@@ -97,11 +98,11 @@ DEVICE Steps measure(const Scale& p, u32 q_smem, int row, int lane, const float*
 }
 
 // Rounds 64 columns: the A fragments of two wgmma steps.
-DEVICE void round_slab(u32 q_smem, int row, int lane, const float* spread_gmem, const Steps& steps,
-                       int slab, u32 (&a)[8]) {
+DEVICE void round_slab(u32 q_smem, int row, int lane, u32 channels_smem, const Steps& steps, int slab,
+                       u32 (&a)[8]) {
   for_slab(q_smem, row, lane, slab, [&](int i, int channel, float(&x)[4]) {
     if (channel >= K_STEPS * 32) return;
-    spread_out(x, spread_gmem + channel, lane);
+    spread_out(x, channels_smem + (KEY_BYTES + channel) * 4, lane);
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       // One Newton step makes the product the correctly rounded quotient, as the reference's is;
@@ -118,14 +119,13 @@ DEVICE void round_slab(u32 q_smem, int row, int lane, const float* spread_gmem, 
 }
 
 // Rounds rows `row` and `row + 8` into the fragments of K_STEPS wgmmas.
-DEVICE void quantise(const Scale& p, u32 q_smem, int row, int lane, const float* mean_gmem,
-                     const float* spread_gmem, float threshold, u32 (&a)[K_STEPS * 4],
-                     Row (&out)[2]) {
-  const Steps steps = measure(p, q_smem, row, lane, mean_gmem, spread_gmem, threshold, out);
+DEVICE void quantise(const Scale& p, u32 q_smem, int row, int lane, u32 channels_smem,
+                     float threshold, u32 (&a)[K_STEPS * 4], Row (&out)[2]) {
+  const Steps steps = measure(p, q_smem, row, lane, channels_smem, threshold, out);
 #pragma unroll
   for (int slab = 0; slab < Q_SLABS; slab++) {
     u32 part[8];
-    round_slab(q_smem, row, lane, spread_gmem, steps, slab, part);
+    round_slab(q_smem, row, lane, channels_smem, steps, slab, part);
 #pragma unroll
     for (int i = 0; i < 8; i++)
       if (slab * 8 + i < K_STEPS * 4) a[slab * 8 + i] = part[i];

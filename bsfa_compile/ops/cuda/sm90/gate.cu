@@ -155,8 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
       for (int f = 0; f < 2; f++) {
         const u32 q_smem = smem + Q_AT + which * UNIT_BYTES;
-        const float* mean = p.mean_gmem + (i64)kv * CHANNEL_META;
-        quantise(p.scale, q_smem, f * 64 + row0, lane, mean, mean + KEY_BYTES, unit.threshold, a[f],
+        quantise(p.scale, q_smem, f * 64 + row0, lane, smem + CHANNELS, unit.threshold, a[f],
                  row[f]);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -276,6 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
       word = (__reduce_or_sync(FULL_WARP, word) & visibles) | always;
       if (lane == 0 && word) atomicOr(mask + judged.tile / 32, word);
+      __syncwarp();  // else ptxas takes the loop for divergent, and the products wait for each other
       word = 0;
     };
     bool here = false;  // the next slot's keys
