@@ -9,7 +9,7 @@ from bsfa_compile.ops.compiler import Variant
 GROUP_KEYS = 256  # keys that one block of threads quantises
 GROUP_META = 8  # floats, see cuda/sm90/quantise.cu
 SLOT_KEYS = 128  # keys that the gate loads at a time
-THREADS = 384  # of attention: a loader and two consumer warpgroups
+THREADS = 384  # of attention and resolve: a loader and two consumer warpgroups
 _SMEM_LIMIT = 232448  # bytes a block of threads may ask for on sm_90
 _BLOCK_Q, _BLOCK_K, _SLAB = 128, 64, 64  # a slab: 64 16-bit columns
 

@@ -34,9 +34,16 @@ struct uint3 {
 struct int2 {
   int x, y;
 };
+struct uint2 {
+  unsigned x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
 struct uint4 {
   unsigned x, y, z, w;
 };
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static int2 make_int2(int x, int y) { return {x, y}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
@@ -162,10 +169,21 @@ template <class To, class From> To bits_as(From from) {
   return to;
 }
 static float __uint_as_float(unsigned x) { return bits_as<float>(x); }
+static float __int_as_float(int x) { return bits_as<float>(x); }
+static unsigned __float_as_uint(float x) { return bits_as<unsigned>(x); }
+static unsigned __byte_perm(unsigned low, unsigned high, unsigned picks) {
+  const unsigned long long from = (unsigned long long)high << 32 | low;
+  unsigned out = 0;
+  for (int i = 0; i < 4; i++) out |= (unsigned)(from >> (picks >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return out;
+}
+static int __vimax3_s32(int a, int b, int c) { return max(max(a, b), c); }
+static int __vimax_s32_relu(int a, int b) { return max(max(a, b), 0); }
 static int __popc(unsigned x) { return __builtin_popcount(x); }
 static int __ffs(unsigned x) { return __builtin_ffs(x); }
 static int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 static int atomicAdd(int* to, int x) { return std::exchange(*to, *to + x); }
+static unsigned atomicOr(unsigned* to, unsigned x) { return std::exchange(*to, *to | x); }
 [[noreturn]] static void __trap() { fail("trap"); }
 static void __syncthreads() { of_cta<Meeting>().sync(THREADS, "its CTA"); }
 
@@ -198,6 +216,12 @@ static unsigned __ballot_sync(unsigned, bool x) {
   return word;
 }
 static bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
+static unsigned __reduce_or_sync(unsigned, unsigned x) {
+  const unsigned* all = exchange(x);
+  unsigned word = 0;
+  for (int i = 0; i < 32; i++) word |= all[i];
+  return word;
+}
 static int __reduce_add_sync(unsigned, int x) {
   const unsigned* all = exchange(x);
   int sum = 0;

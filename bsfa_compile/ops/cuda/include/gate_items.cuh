@@ -1,4 +1,4 @@
-// Work of the gate: parameters, shared memory, items of two units, and the thread that takes items and
+// Work of the gate: parameters, shared memory, items of several units, and the thread that takes items and
 // loads Q and K for them. Macros of gate.cu.
 #include "base.cuh"
 #include "gate_rows.cuh"

@@ -1,17 +1,18 @@
 // The gate in int8: decides from Q.K alone which tiles attention will visit, one bit a tile.
 //
-// A work item is two units, each one q block (128 rows) of one query head, of the same kv head: a
-// consumer warpgroup owns a unit, quantises its Q from shared memory into registers once, and runs
-// both 64-row halves over every slot of K that the loader brings (SLOT_KEYS keys, both warpgroups
-// read the same slot). Scores are integers; a row's are worth sq * scale each, so everything is
-// compared in that unit: with x the row's largest dot product in tile j,
+// A work item is three units (UNITS), each one q block (128 rows) of one query head, of the same kv
+// head: a consumer warpgroup owns a unit, quantises its Q from shared memory into registers once, and
+// runs both 64-row halves over every slot of K that the loader brings (two tiles; all warpgroups read
+// the same slot). A warpgroup has one product under way, and while it takes the maxima of that the
+// others' keep the tensor cores busy. Scores are integers; a row's are worth sq * scale each, so
+// everything is compared in that unit: with x the row's largest dot product in tile j,
 //     keep  <=>  not (sk_j x + margin < m + T / (sq scale)),  margin = sk_j a + kn_j
 // where a and kn_j carry the rounding error of reference.int8_scores, and m is the row's running
 // maximum (relative) or minus its q.mean(K) (absolute), which centring K took away.
 // Since margin >= 0 and T <= 0, a row that does not pass changes neither mask nor m. So a block of
-// 64 rows x SLOT_KEYS keys needs one vote of all lanes, where a row passes a second one on whether
-// some m rises, and only then a quad's lanes exchange maxima and test tile by tile. (T > 0 is voted on
-// as if it were 0.)
+// 64 rows x 2 tiles needs one vote of all lanes, on the larger scale and norm; where a row may pass, a
+// second one, tile by tile, on whether some m rises; and only then a quad's lanes exchange maxima.
+// (T > 0 is voted on as if it were 0.)
 //
 // EXACT: the mask gains what passes for certain, and resolve.cu decides what may pass. The absolute
 // gate lists it row by row, or where there is much of it marks the tile. The relative gate marks

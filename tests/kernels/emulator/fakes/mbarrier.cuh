@@ -2,8 +2,7 @@
 #include "base.cuh"
 
 struct Barrier {
-  u8 expected, pending;
-  u16 phase;
+  u32 expected : 12, pending : 12, phase : 8;
   int bytes;  // announced but not there yet; negative: there, but not announced
 
   void end_phase_if_complete() {
@@ -14,7 +13,7 @@ struct Barrier {
 };
 
 DEVICE void barrier_init(u32 barrier, u32 arrivals) {
-  shared<Barrier>(barrier) = {(u8)arrivals, (u8)arrivals, 0, 0};
+  shared<Barrier>(barrier) = {arrivals, arrivals, 0, 0};
 }
 DEVICE void barrier_init_done() {}
 DEVICE void barrier_expect(u32 barrier, u32 bytes) {
@@ -30,6 +29,9 @@ DEVICE void barrier_bytes(u32 barrier, u32 bytes) {
   b.bytes -= bytes;
   b.end_phase_if_complete();
 }
+DEVICE bool barrier_test(u32 barrier, u32 parity) {
+  return (shared<Barrier>(barrier).phase & 1) != parity;
+}
 DEVICE void barrier_wait(u32 barrier, u32 parity) {
-  wait_until("an mbarrier", [&] { return (shared<Barrier>(barrier).phase & 1) != parity; });
+  wait_until("an mbarrier", [&] { return barrier_test(barrier, parity); });
 }

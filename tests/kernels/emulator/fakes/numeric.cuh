@@ -3,9 +3,14 @@
 #define NEG_INF (-INFINITY)
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
+#define LOWEST -3.402823466e38f
+#define INT8_MARGIN .8660254037844386f
 #define SMALLEST_NORMAL 0x1p-126f
 
 inline float max_nan(float a, float b) { return a != a || b != b ? NAN : fmaxf(a, b); }
+inline float min_nan(float a, float b) { return a != a || b != b ? NAN : fminf(a, b); }
+inline float reciprocal(float x) { return 1.f / x; }
+inline float sqrt_approx(float x) { return sqrtf(x); }
 inline float exp2_approx(float x) {
   const float y = exp2f(x);
   return y < SMALLEST_NORMAL ? 0.f : y;

@@ -6,7 +6,7 @@
 #include "numeric.cuh"
 
 struct Product {
-  float* d;  // the thread's accumulators
+  void* d;  // the thread's accumulators
   const u32* a;
   u64 x, y;
   void (*form)(const Product* const* of);
@@ -46,38 +46,42 @@ template <int N> DEVICE void wgmma_wait() {
 }
 template <class T> DEVICE void pin(T&) {}
 
-// Descriptors: an address, and for V the bytes from one slab of 64 columns to the next.
+// Descriptors: an address, and the bytes of a row, or for V from one slab of 64 columns to the next.
 template <int ROW_BYTES> DEVICE u64 k_major(u32 address, u32 offset) {
-  static_assert(ROW_BYTES == 128);
-  return address + offset;
+  return (u64)ROW_BYTES << 32 | (address + offset);
 }
 template <int SLAB> DEVICE u64 mn_major(u32 address, u32 offset) {
   return (u64)SLAB << 32 | (address + offset);
 }
 
-// d += a b, for 64 rows and 16 terms. A thread holds pairs of columns of two rows.
-template <int N, bool ACC>
-void multiply(const Product* const* of, const float (&a)[64][16], const float (&b)[16][N]) {
+// d += a b, for 64 rows and K terms. A thread holds pairs of columns of two rows.
+template <int N, bool ACC, class T, int K>
+void multiply_add(const Product* const* of, const T (&a)[64][K], const T (&b)[K][N]) {
   for (int row = 0; row < 64; row++) {
-    float sums[N] = {};
-    for (int k = 0; k < 16; k++)
+    T sums[N] = {};
+    for (int k = 0; k < K; k++)
       for (int c = 0; c < N; c++) sums[c] += a[row][k] * b[k][c];
     for (int c = 0; c < N; c++) {
       const int thread = row / 16 * 32 + row % 8 * 4 + c % 8 / 2;
-      float& d = of[thread]->d[c / 8 * 4 + (row & 8) / 4 + c % 2];
+      T& d = ((T*)of[thread]->d)[c / 8 * 4 + (row & 8) / 4 + c % 2];
       d = ACC ? d + sums[c] : sums[c];
     }
   }
+}
+
+// Of rows of 128 bytes.
+DEVICE float half_at(u32 address, u32 offset) {
+  return from_16bit(shared<u16>(swizzled(address + offset, 128)));
 }
 
 // Both operands from shared memory, both K-major.
 template <bool ACC, int R> void form_ss(const Product* const* of) {
   float a[64][16], b[16][2 * R];
   for (int k = 0; k < 16; k++) {
-    for (int r = 0; r < 64; r++) a[r][k] = from_16bit(shared<u16>(of[0]->x + r * 128 + k * 2));
-    for (int c = 0; c < 2 * R; c++) b[k][c] = from_16bit(shared<u16>(of[0]->y + c * 128 + k * 2));
+    for (int r = 0; r < 64; r++) a[r][k] = half_at(of[0]->x, r * 128 + k * 2);
+    for (int c = 0; c < 2 * R; c++) b[k][c] = half_at(of[0]->y, c * 128 + k * 2);
   }
-  multiply<2 * R, ACC>(of, a, b);
+  multiply_add<2 * R, ACC>(of, a, b);
 }
 template <bool ACC, int R> DEVICE void wgmma_ss(float (&d)[R], u64 x, u64 y) {
   warpgroup().open[threadIdx.x % 128].push_back({d, nullptr, x, y, form_ss<ACC, R>});
@@ -95,9 +99,26 @@ template <int R> void form_rs(const Product* const* of) {
   const u32 address = (u32)of[0]->y, slab = of[0]->y >> 32;
   for (int k = 0; k < 16; k++)
     for (int c = 0; c < 2 * R; c++)
-      b[k][c] = from_16bit(shared<u16>(address + c / 64 * slab + k * 128 + c % 64 * 2));
-  multiply<2 * R, true>(of, a, b);
+      b[k][c] = half_at(address, c / 64 * slab + k * 128 + c % 64 * 2);
+  multiply_add<2 * R, true>(of, a, b);
 }
 template <int R> DEVICE void wgmma_rs(float (&d)[R], const u32* a, u64 y) {
   warpgroup().open[threadIdx.x % 128].push_back({d, a, 0, y, form_rs<R>});
+}
+
+// int8: A from four registers of each thread, B K-major from shared memory.
+template <bool ACC, int R> void form_s8(const Product* const* of) {
+  int a[64][32], b[32][2 * R];
+  for (int t = 0; t < 128; t++)
+    for (int e = 0; e < 16; e++)
+      a[t / 32 * 16 + (e & 4) * 2 + t % 32 / 4][(e & 8) * 2 + t % 4 * 4 + e % 4] =
+          (signed char)(of[t]->a[e / 4] >> e % 4 * 8);
+  const u32 address = (u32)of[0]->y, row_bytes = of[0]->y >> 32;
+  for (int k = 0; k < 32; k++)
+    for (int c = 0; c < 2 * R; c++)
+      b[k][c] = shared<signed char>(swizzled(address + c * row_bytes + k, row_bytes));
+  multiply_add<2 * R, ACC>(of, a, b);
+}
+template <bool ACC, int R> DEVICE void wgmma_s8(int (&d)[R], const u32* a, u64 y) {
+  warpgroup().open[threadIdx.x % 128].push_back({d, a, 0, y, form_s8<ACC, R>});
 }

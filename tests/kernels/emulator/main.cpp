@@ -1,21 +1,23 @@
-// The attention kernel as a function of the CPU: one CTA that does all items.
+// A kernel (macro KERNEL) as a function of the CPU: one CTA that does all items.
 #include "emulator.h"
 
-#include "attend.inc"  // attend.cu and its headers, some of them fakes
+#include "kernel.inc"  // its source and its headers, some of them fakes
 
 struct Arguments {
-  TensorMap q, k, v;
+  TensorMap maps[3];
   Params p;
 };
 static Arguments arguments;
 
-static void thread() { attend(arguments.q, arguments.k, arguments.v, arguments.p); }
+static void thread() {
+  KERNEL(arguments.maps[0], arguments.maps[1], arguments.maps[2], arguments.p);
+}
 
 // Null, or what went wrong. param_bytes: as many as `params` has where it was packed.
-extern "C" __attribute__((visibility("default"))) const char* emulate_attend(
+extern "C" __attribute__((visibility("default"))) const char* emulate(
     const TensorMap* maps, const Params* params, int param_bytes, unsigned seed) {
   if (param_bytes != sizeof(Params)) return "the parameters are packed as another struct";
-  arguments = {maps[0], maps[1], maps[2], *params};
+  arguments = {{maps[0], maps[1], maps[2]}, *params};
   if (const char* failure = run_cta(thread, seed)) return failure;
   for (const Meeting& named : of_cta<NamedBarriers>().at)
     if (named.count) return "arrivals are left at a named barrier";
