@@ -139,7 +139,8 @@ class Plan:
         self.zero_words = (mask_size, 4 * self.heads, zeroed)
         self.tile_bytes = 4 * mask_size
         per_kv = self.heads // self.kv_heads
-        self.gate_items = -(-self.rows * per_kv // built.gate_units(self.d, self.mask)) * self.kv_total
+        units = built.gate_units(self.d, self.mask)
+        self.gate_items = -(-self.rows * per_kv // units) * self.kv_total
         self.items = self.batch * self.heads * self.rows
 
         heads, score = (self.heads, self.kv_heads), (key.scale, key.softcap)

@@ -2,7 +2,7 @@
 //
 // A fiber runs until it must wait for others; what it wrote, all see. Errors of logic show (a wrong
 // phase, a stage given back too early or never), errors of memory order and of timing cannot.
-// Macros: THREADS of the CTA, SMEM_BYTES of dynamic shared memory.
+// Macros: CTA_THREADS, SMEM_BYTES of dynamic shared memory.
 #pragma once
 #include <ucontext.h>
 
@@ -37,12 +37,16 @@ struct int2 {
 struct uint2 {
   unsigned x, y;
 };
+struct float2 {
+  float x, y;
+};
 struct float4 {
   float x, y, z, w;
 };
 struct uint4 {
   unsigned x, y, z, w;
 };
+static float2 make_float2(float x, float y) { return {x, y}; }
 static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static int2 make_int2(int x, int y) { return {x, y}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
@@ -60,8 +64,8 @@ struct Wait {
 };
 struct Cta {
   static constexpr size_t STACK = 128 << 10;
-  ucontext_t scheduler, fibers[THREADS];
-  Wait waits[THREADS];
+  ucontext_t scheduler, fibers[CTA_THREADS];
+  Wait waits[CTA_THREADS];
   std::unique_ptr<char[]> stacks;
   void (*kernel)();
   unsigned launch;
@@ -108,9 +112,9 @@ static const char* run_cta(void (*kernel)(), unsigned seed) {
   cta.launch++;
   cta.kernel = kernel;
   cta.failure[0] = 0;
-  cta.stacks = std::make_unique<char[]>(THREADS * Cta::STACK);
+  cta.stacks = std::make_unique<char[]>(CTA_THREADS * Cta::STACK);
   memset(dynamic_smem, 0xff, SMEM_BYTES);  // NaN, and no barrier
-  for (int i = 0; i < THREADS; i++) {
+  for (int i = 0; i < CTA_THREADS; i++) {
     cta.waits[i] = {"its start", [](const void*) { return true; }, nullptr};
     getcontext(&cta.fibers[i]);
     cta.fibers[i].uc_stack.ss_sp = &cta.stacks[i * Cta::STACK];
@@ -118,12 +122,12 @@ static const char* run_cta(void (*kernel)(), unsigned seed) {
     makecontext(&cta.fibers[i], fiber, 0);
   }
   std::mt19937 random(seed);
-  unsigned resting = 0, left = THREADS;  // resting: a bit a warp
+  unsigned resting = 0, left = CTA_THREADS;  // resting: a bit a warp
   for (int round = 0, idle = 0; left && idle < MOST_IDLE; round++) {
     if (seed && round % REST == 0) resting = random();
     idle++;
     left = 0;
-    for (unsigned i = 0; i < THREADS; i++) {
+    for (unsigned i = 0; i < CTA_THREADS; i++) {
       const Wait& wait = cta.waits[i];
       if (!wait.what) continue;
       left++;
@@ -136,7 +140,7 @@ static const char* run_cta(void (*kernel)(), unsigned seed) {
   }
   if (!left) return nullptr;
   int n = snprintf(cta.failure, sizeof cta.failure, "stuck:");
-  for (int i = 0; i < THREADS && n < (int)sizeof cta.failure; i++)
+  for (int i = 0; i < CTA_THREADS && n < (int)sizeof cta.failure; i++)
     if (cta.waits[i].what && i % 32 == 0)
       n += snprintf(cta.failure + n, sizeof cta.failure - n, " warp %d waits for %s,", i / 32,
                     cta.waits[i].what);
@@ -185,13 +189,13 @@ static int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 static int atomicAdd(int* to, int x) { return std::exchange(*to, *to + x); }
 static unsigned atomicOr(unsigned* to, unsigned x) { return std::exchange(*to, *to | x); }
 [[noreturn]] static void __trap() { fail("trap"); }
-static void __syncthreads() { of_cta<Meeting>().sync(THREADS, "its CTA"); }
+static void __syncthreads() { of_cta<Meeting>().sync(CTA_THREADS, "its CTA"); }
 
 struct Warps {
   struct {
     Meeting meeting;
     unsigned values[2][32];  // a lane may be one exchange ahead of another
-  } at[THREADS / 32];
+  } at[CTA_THREADS / 32];
 };
 // The values of all lanes.
 static const unsigned* exchange(unsigned value) {

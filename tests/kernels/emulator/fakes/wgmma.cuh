@@ -28,7 +28,7 @@ struct Warpgroup {
   }
 };
 struct Warpgroups {
-  Warpgroup at[THREADS / 128];
+  Warpgroup at[CTA_THREADS / 128];
 };
 DEVICE Warpgroup& warpgroup() { return of_cta<Warpgroups>().at[threadIdx.x / 128]; }
 
