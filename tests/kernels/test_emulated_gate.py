@@ -134,7 +134,8 @@ CASES = [
     Case(softcap=30.0, window=400, padding=40, batch=2, q_len=700),
     Case(d=64, q_len=700, sinks=2),
     Case(d=80, heads=3, kv_heads=3, q_len=500),
-    Case(d=192, q_len=400),
+    Case(d=192, q_len=700, sinks=5),  # more than slots of K
+    Case(heads=3, q_len=1400, kv_heads=1, sinks=9),
     Case(d=256, q_len=400, relative=False),
     Case(dtype=FP16, heads=5, kv_heads=1),
 ]

@@ -158,8 +158,9 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
     Item upcoming;
     // The running maximum wants the sink tiles first, then from the last visible tile downwards.
     for (int n = 0; n <= steps; n++) {
-      // Once the slots are full: Q of the next item is there when this one ends.
-      if (n == min(steps, SLOTS)) upcoming = take_item(p, q_map, smem, it, loaded);
+      // Once the slots are full: Q of the next item is there when this one ends. Not before the last
+      // sink tile: until they have seen that, consumers may want their Q.
+      if (n == min(steps, max(SLOTS, sinks))) upcoming = take_item(p, q_map, smem, it, loaded);
       if (n == steps) break;
       const bool sink = n < sinks;
       const int tile = sink ? item.sink_lo + n : (item.hi - (n - sinks)) * SLOT_TILES;
