@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from bsfa_compile.ops.tiles import Geometry
+from bsfa_compile.ops.tiles import Geometry, unpadded_tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,15 @@ class AttentionCase:
             n = abs(self.padding) * (b + 1) % k_len
             row[slice(None, n) if self.padding > 0 else slice(k_len - n, None)] = False
         return mask
+
+
+def free_tiles(g: Geometry, visible: Tensor, padding: Tensor | None) -> Tensor:
+    """Of the visible tiles [B, H, q_blocks, k_blocks] those that are not always kept."""
+    free = torch.zeros_like(visible)
+    bounds = unpadded_tiles(padding, len(visible), g.k_len)
+    for b, i, j in visible[:, 0].nonzero().tolist():
+        free[b, :, i, j] = not g.always_kept(i, j, *bounds[b])
+    return free
 
 
 def plant_sink(q: Tensor, k: Tensor) -> None:

@@ -66,7 +66,7 @@ def gate(d: int, mask: Mask, *, bf16: bool, relative: bool, exact: bool = False)
     """The int8 gate; exact: it says what int8 leaves undecided."""
     defines = {"HEAD_DIM": d, "BF16": int(bf16), "RELATIVE": int(relative)}
     defines |= {**mask.defines(), "SOFTCAP": int(mask.softcap), "EXACT": int(exact)}
-    units = gate_units(d, mask)
+    units = defines["UNITS"] = gate_units(d, mask)
     channels = -(-8 * row_bytes(d) // 1024) * 1024  # K's mean and spread
     smem = _ring(channels + units * _slabs(d) * _BLOCK_Q * 128, SLOT_KEYS * row_bytes(d))
     threads = 128 * (units + 1)
@@ -104,7 +104,11 @@ def sum_chunk(k_len: int) -> int:
 
 
 def gate_units(d: int, mask: Mask) -> int:
-    """Units, q blocks of one head, that a block of threads of the gate works on at a time."""
+    """Units, q blocks of one head, that a block of threads of the gate works on at a time.
+
+    A warpgroup each. Three keep the tensor cores busy whatever one of them does; wide heads leave
+    shared memory for two, rich masks registers.
+    """
     return 3 if d <= 128 and mask.window + mask.padded + mask.softcap <= 1 else 2
 
 

@@ -1,8 +1,8 @@
 """Host side of the Hopper kernels (`cuda/sm90`): reasons, workspace, descriptors, launches.
 
 A call is a row of kernels, each handing the next an object in memory: K summed, K as int8, the
-tile mask, its counts, the output. What depends on shapes alone is a `Plan`, made once. Nothing
-here reads the device, so a call can be captured in a CUDA graph.
+tile mask, the output, what the mask drops. What depends on shapes alone is a `Plan`, made once.
+Nothing here reads the device, so a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from bsfa_compile.ops import reference, sm90
 from bsfa_compile.ops.call import Call, Gate, Result
-from bsfa_compile.ops.tiles import mask_rows, mask_words, unpack, unpadded_tiles
-from tests.attention_case import AttentionCase, plant_sink
+from bsfa_compile.ops.tiles import mask_rows, mask_words, unpack
+from tests.attention_case import AttentionCase, free_tiles, plant_sink
 
 INF, NAN = math.inf, math.nan
 CLOSE = {"int8": 1e-3, "exact": 1e-4}  # decisions may differ for statistics this near the threshold
@@ -139,11 +139,7 @@ class Run:
 
     def candidates(self, visible: Tensor) -> Tensor:
         """Visible tiles of each head that are not always kept."""
-        free = torch.zeros_like(visible)
-        bounds = unpadded_tiles(self.padding, self.case.batch, self.g.k_len)
-        for b, i, j in visible[:, 0].nonzero().tolist():
-            free[b, :, i, j] = not self.g.always_kept(i, j, *bounds[b])
-        return free.sum((0, 2, 3))
+        return free_tiles(self.g, visible, self.padding).sum((0, 2, 3))
 
     def low_precision_error(self, kept: Tensor, out: Tensor) -> Tensor:
         """What torch's attention errs by on the same tiles in the same dtype."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bsfa_compile.ops import reference, sm80
 from bsfa_compile.ops.call import Call, Gate
-from bsfa_compile.ops.tiles import Geometry, unpack, unpadded_tiles
+from bsfa_compile.ops.tiles import Geometry, unpack
+from tests.attention_case import free_tiles
 
 pytestmark = pytest.mark.gpu
 INF = math.inf
@@ -197,12 +198,7 @@ def check(case: Case, *, device_start: bool = False) -> tuple[int, int]:
 
 def candidates(case: Case, visible: Tensor) -> Tensor:
     """Visible tiles that are not always kept, per head."""
-    g = case.geometry
-    bounds = unpadded_tiles(case.mask(), case.batch, g.k_len)
-    found = torch.zeros(case.heads, dtype=torch.int64)
-    for b, h, i, j in visible.nonzero().tolist():
-        found[h] += not g.always_kept(i, j, *bounds[b])
-    return found
+    return free_tiles(case.geometry, visible, case.mask()).sum((0, 2, 3))
 
 
 CASES: dict[str, dict[str, Any]] = {

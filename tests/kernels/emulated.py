@@ -108,7 +108,7 @@ def _function(built: Built, edit: tuple[str, str] | None) -> Any:
 
 
 def _tensor_map(x: Tensor, rows: int, copies: ctypes.c_int, columns: int = 64) -> _TensorMap:
-    """x [B, H, L, D]; a copy moves `rows` rows of 64 columns."""
+    """x [B, H, L, D]; a copy moves `rows` rows of `columns` columns."""
     (batch, heads, length, width), size = x.shape, x.element_size()
     sb, sh, sl, _ = (size * s for s in x.stride())
     return _TensorMap(
@@ -124,7 +124,7 @@ def _tensor_map(x: Tensor, rows: int, copies: ctypes.c_int, columns: int = 64) -
 class _Shape:
     """Shape of spans.cuh, and the tensors that it points to."""
 
-    def __init__(self, g: Geometry, rows: int, padding: Tensor | None, *, in_memory: bool) -> None:
+    def __init__(self, g: Geometry, padding: Tensor | None, *, in_memory: bool) -> None:
         self.start = torch.tensor([g.q_start]) if in_memory else None
         self.pad_bits = self.bounds = None
         if padding is not None:
@@ -132,7 +132,7 @@ class _Shape:
             bounds = unpadded_tiles(padding, len(padding), g.k_len)
             self.bounds = torch.tensor(bounds, dtype=torch.int32)
         self.words = mask_words(g.k_len)
-        tail = (g.q_len, g.k_len, g.window or 0, g.sink_tiles, rows, self.words)
+        tail = (g.q_len, g.k_len, g.window or 0, g.sink_tiles, g.q_blocks, self.words)
         pointers = (_at(x) for x in (self.start, self.pad_bits, self.bounds))
         self.packed = (*pointers, 0 if in_memory else g.q_start, struct.pack("<6i", *tail))
 
@@ -199,7 +199,7 @@ def attend(
     out = torch.full((batch, g.q_len, heads, dv), torch.nan, dtype=q.dtype)
     lse = torch.full((batch, heads, g.q_len), torch.nan)
     words = None if kept is None else pack(kept).contiguous()
-    shape = _Shape(g, g.q_blocks, padding, in_memory=start_in_memory)
+    shape = _Shape(g, padding, in_memory=start_in_memory)
     counter = torch.zeros(1, dtype=torch.int32)
     values = (
         *shape.packed,
@@ -278,7 +278,7 @@ def decide(
         if in_16_bits
         else _tensor_map(keys.values, BLOCK_K, copies, slab),
     )
-    shape = _Shape(g, g.q_blocks, padding, in_memory=start_in_memory)
+    shape = _Shape(g, padding, in_memory=start_in_memory)
     kept, may, raising = torch.zeros(3, batch, heads, g.q_blocks, shape.words, dtype=torch.int32)
     listed = torch.zeros(64 * kept.numel(), 2, dtype=torch.int32)
     count, counter = torch.zeros(2, 1, dtype=torch.int32)

@@ -7,16 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from tests.kernels import emulated
 from tests.kernels.emulated import EmulationError
 from tests.kernels.emulated_cases import FP16, Case, Run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _can_emulate() -> None:
-    if (reason := emulated.lacking()) is not None:
-        pytest.skip(reason)
-
+pytestmark = pytest.mark.usefixtures("emulator")
 
 DENSE = [
     Case(),

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from bsfa_compile.ops import reference
-from bsfa_compile.ops.tiles import unpadded_tiles
-from tests.attention_case import AttentionCase, plant_sink
+from tests.attention_case import AttentionCase, free_tiles, plant_sink
 from tests.kernels import emulated
 from tests.kernels.emulated import Decided, EmulationError
 
@@ -20,10 +19,7 @@ FP16 = torch.float16
 CLOSE = 1e-3  # decisions may differ for statistics this near the threshold
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _can_emulate() -> None:
-    if (reason := emulated.lacking()) is not None:
-        pytest.skip(reason)
+pytestmark = pytest.mark.usefixtures("emulator")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,11 +85,7 @@ class Run:
 
     def free(self) -> Tensor:
         """Tiles that the rule decides on: seen by some row, and not always kept."""
-        free = self.mask(-INF, "int8")
-        bounds = unpadded_tiles(self.padding, self.case.batch, self.g.k_len)
-        for b, i, j in free[:, 0].nonzero().tolist():
-            free[b, :, i, j] = not self.g.always_kept(i, j, *bounds[b])
-        return free
+        return free_tiles(self.g, self.mask(-INF, "int8"), self.padding)
 
     def check(self, edit: tuple[str, str] | None = None) -> None:
         """int8: the reference's decisions, of which some are to drop and some are not."""

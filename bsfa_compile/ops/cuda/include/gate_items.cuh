@@ -1,5 +1,5 @@
-// Work of the gate: parameters, shared memory, items of several units, and the thread that takes items and
-// loads Q and K for them. Macros of gate.cu.
+// Work of the gate: parameters, shared memory, items of several units, and the thread that takes
+// items and loads Q and K for them. Macros of gate.cu.
 #include "base.cuh"
 #include "gate_rows.cuh"
 #include "mbarrier.cuh"
@@ -10,9 +10,6 @@
 #define KEY_BYTES (HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 128 : 256)  // an int8 row of K
 #define SLAB_BYTES (KEY_BYTES < 128 ? KEY_BYTES : 128)  // its part in one swizzled slab
 #define K_SLABS (KEY_BYTES / SLAB_BYTES)
-// Three warpgroups keep the tensor cores busy whatever one of them does. Wide heads leave shared
-// memory for two, rich masks registers.
-#define UNITS (HEAD_DIM <= 128 && WINDOW + PADDED + SOFTCAP <= 1 ? 3 : 2)
 #define SLOT_TILES 2
 #define SLOT_KEYS (SLOT_TILES * BLOCK_K)
 #define SLOT_BYTES (SLOT_KEYS * KEY_BYTES)
@@ -169,7 +166,8 @@ DEVICE void load_items(const Params& p, const TensorMap* q_map, const TensorMap*
       const bool in_16_bits = EXACT_SINKS && sink;
       barrier_expect(full, (in_16_bits ? UNIT_BYTES / 2 : sink ? BLOCK_K * KEY_BYTES : SLOT_BYTES) +
                                META_BYTES);
-      bulk_load(smem + META + META_BYTES * slot, meta_gmem + tile / SLOT_TILES * 4, META_BYTES, full);
+      bulk_load(smem + META + META_BYTES * slot, meta_gmem + tile / SLOT_TILES * (META_BYTES / 4),
+                META_BYTES, full);
       if (in_16_bits) {
         for (int d = 0; d < Q_SLABS; d++)
           tma_load(to + d * BLOCK_K * 128, k_tile_map, full, d * 64, tile * BLOCK_K,

@@ -15,23 +15,22 @@ DEVICE void barrier_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
+#define BSFA_ASK(instruction, done, barrier, parity)                                           \
+  asm volatile("{ .reg .pred p; mbarrier." instruction ".parity.shared::cta.b64 p, [%1], %2; " \
+               "selp.u32 %0, 1, 0, p; }"                                                       \
+               : "=r"(done)                                                                    \
+               : "r"(barrier), "r"(parity)                                                     \
+               : "memory")
+// Whether the phase of this parity has ended; may wait for it a while.
 DEVICE bool barrier_try(u32 barrier, u32 parity) {
   u32 done;
-  asm volatile(
-      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
+  BSFA_ASK("try_wait", done, barrier, parity);
   return done;
 }
 // The same, but never waits.
 DEVICE bool barrier_test(u32 barrier, u32 parity) {
   u32 done;
-  asm volatile(
-      "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
+  BSFA_ASK("test_wait", done, barrier, parity);
   return done;
 }
 // Waits for the phase of this parity to end. A pipeline that never gets there traps, since a

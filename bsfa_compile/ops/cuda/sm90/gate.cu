@@ -1,9 +1,9 @@
 // The gate in int8: decides from Q.K alone which tiles attention will visit, one bit a tile.
 //
-// A work item is three units (UNITS), each one q block (128 rows) of one query head, of the same kv
-// head: a consumer warpgroup owns a unit, quantises its Q from shared memory into registers once, and
-// runs both 64-row halves over every slot of K that the loader brings (two tiles; all warpgroups read
-// the same slot). A warpgroup has one product under way, and while it takes the maxima of that the
+// A work item is UNITS units, three where they fit, each one q block (128 rows) of one query head, of
+// the same kv head: a consumer warpgroup owns a unit, quantises its Q from shared memory into
+// registers once, and runs both 64-row halves over every slot of K that the loader brings (two tiles;
+// all warpgroups read the same slot). A warpgroup has one product under way, and while it takes the maxima of that the
 // others' keep the tensor cores busy. Scores are integers; a row's are worth sq * scale each, so
 // everything is compared in that unit: with x the row's largest dot product in tile j,
 //     keep  <=>  not (sk_j x + margin < m + T / (sq scale)),  margin = sk_j a + kn_j
@@ -19,7 +19,7 @@
 // tiles, also those that may raise a running maximum; it knows the maximum over the sink tiles in
 // 16 bits.
 //
-// Macros: HEAD_DIM, BF16, CAUSAL, WINDOW, PADDED, RELATIVE, SOFTCAP, EXACT.
+// Macros: HEAD_DIM, BF16, CAUSAL, WINDOW, PADDED, RELATIVE, SOFTCAP, EXACT, UNITS.
 #include "gate_items.cuh"
 #include "gate_sift.cuh"
 #include "round_rows.cuh"
